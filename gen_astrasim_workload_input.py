@@ -1,0 +1,1049 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["absl-py", "tqdm", "scalesim==3.0.0", "numpy<2.4"]
+# ///
+"""Turn a table of layers, each a GEMM of m, n, k, into the workload file that ASTRA-sim runs.
+
+  python gen_astrasim_workload_input.py --num_npus=16 --num_packages=2
+  python gen_astrasim_workload_input.py --mnk=my_layers.csv --parallel=MODEL --output_file=model.txt
+
+mnk table -> layers -> per-NPU GEMMs, three a layer -> cycles, from SCALE-Sim -> workload file
+"""
+
+from __future__ import annotations
+
+import configparser
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import app, flags
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import subprocess
+    from concurrent.futures import Executor, Future
+
+# --- Constants
+PASSES = {"fwd_pass": "forward", "inp_grad": "input gradient", "weight_grad": "weight gradient"}
+CUSTOMIZED = "HYBRID_CUSTOMIZED"
+NO_COMM = "NONE"
+
+
+class Strategy(NamedTuple):
+    """The collective after each pass, and `degrees(npus, packages)`: over how many NPUs (m, n) are split."""
+
+    collectives: tuple[str, str, str]
+    degrees: Callable[[int, int], tuple[int, int]]
+
+
+HYBRID_COLLECTIVES = ("ALLGATHER", "REDUCESCATTER", "ALLREDUCE")
+STRATEGIES = {
+    "DATA": Strategy((NO_COMM, NO_COMM, "ALLREDUCE"), lambda npus, _: (npus, 1)),
+    "MODEL": Strategy(("ALLGATHER", "REDUCESCATTER", NO_COMM), lambda npus, _: (1, npus)),
+    "HYBRID_DATA_MODEL": Strategy(HYBRID_COLLECTIVES, lambda npus, packages: (packages, npus // packages)),
+    "HYBRID_MODEL_DATA": Strategy(HYBRID_COLLECTIVES, lambda npus, packages: (npus // packages, packages)),
+}
+MISSPELT = {"HYBRD_DATA_MODEL": "HYBRID_DATA_MODEL"}  # as the format's original description has it
+
+# The TPU-like accelerator of the published results, with every key that any release of SCALE-Sim reads.
+BUILT_IN_CONFIG = """\
+[general]
+run_name = gemm
+[architecture_presets]
+ArrayHeight: 256
+ArrayWidth: 256
+IfmapSramSzkB: 6144
+FilterSramSzkB: 6144
+OfmapSramSzkB: 2048
+IfmapSramSz: 8192
+FilterSramSz: 8192
+OfmapSramSz: 8192
+IfmapOffset: 0
+FilterOffset: 10000000
+OfmapOffset: 20000000
+Dataflow: ws
+Bandwidth: 10
+MemoryBanks: 1
+ReadRequestBuffer: 512
+WriteRequestBuffer: 512
+[layout]
+IfmapCustomLayout: False
+IfmapSRAMBankBandwidth: 10
+IfmapSRAMBankNum: 10
+IfmapSRAMBankPort: 2
+FilterCustomLayout: False
+FilterSRAMBankBandwidth: 10
+FilterSRAMBankNum: 10
+FilterSRAMBankPort: 2
+[sparsity]
+SparsitySupport: false
+[run_presets]
+InterfaceBandwidth: CALC
+UseRamulatorTrace: False
+"""
+
+# Of each version of SCALE-Sim, the report with the cycles, and their column: by name, as v3 put another before it.
+REPORTS = {1: ("gemm_cycles.csv", "Cycles"), **dict.fromkeys((2, 3), ("COMPUTE_REPORT.csv", "Total Cycles"))}
+TOPOLOGY_HEADER = "Layer name,IFMAP height,IFMAP width,Filter height,Filter width,Channels,Num filter,Strides,\n"
+V1_MEMORY = 60_000_000  # bytes: SCALE-Sim v1 keeps its traces on disk
+LOG = "scalesim.log"
+LOG_LIMIT = 1 << 20  # bytes: of a longer log the end is kept
+
+# What each SCALE-Sim process runs, in a folder of its own. SCALE-Sim 1.0 and 2.0 build shell commands out of names, so
+# they are given only names of ours that need no quoting, relative to that folder.
+SCALESIM_PROCESS = """\
+import inspect, os, runpy, shutil, sys, threading
+def follow_parent(here):
+    os.read(0, 1)  # nothing is ever written there: it returns when the parent is gone, killed or not
+    shutil.rmtree(here, ignore_errors=True)
+    os._exit(1)
+threading.Thread(target=follow_parent, args=[os.getcwd()], daemon=True).start()
+version, folder = sys.argv[1:]
+sys.path.insert(0, folder)
+if version == "1":
+    sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
+    runpy.run_path(os.path.join(folder, "scale.py"), run_name="__main__")
+else:
+    import scalesim  # from that folder and no other, which must not stand before Python's own for the rest
+    sys.path.remove(folder)
+    import numpy
+    vars(numpy).setdefault("int", int)  # 2.0, 2.0.1 and c28fd1b use this name, which numpy 1.24 took away
+    from scalesim.scale_sim import scalesim
+    wanted = dict(config="gemm.cfg", topology="gemm.csv", layout="layout.csv",
+                  save_disk_space=True, verbose=True, input_type_gemm=False)
+    known = inspect.signature(scalesim).parameters
+    scalesim(**{name: value for name, value in wanted.items() if name in known}).run_scale(top_path=".")
+"""
+
+# --- Flags
+EXAMPLE = str(Path(__file__).resolve().parent / "mnk_inputs" / "example.csv")
+MODELS, ROUNDINGS, UNITS = ["simulated", "analytical"], ["up", "down"], ["cycles", "ns", "us"]
+flags.DEFINE_string("mnk", EXAMPLE, "The table of layers, a CSV file.")
+flags.DEFINE_enum("parallel", "DATA", [*STRATEGIES, CUSTOMIZED], "How layers are cut over NPUs.", case_sensitive=False)
+flags.DEFINE_integer("num_npus", 8, "NPUs in the whole system.", lower_bound=1)
+flags.DEFINE_alias("num_npu", "num_npus")
+flags.DEFINE_integer("num_packages", 1, "Packages that the NPUs sit in; must divide num_npus.", lower_bound=1)
+flags.DEFINE_integer("datatype_size", 2, "Bytes per element.", lower_bound=1, upper_bound=1 << 20)
+flags.DEFINE_string("output_file", "workload.txt", "The ASTRA-sim file; parent folders are made.")
+flags.DEFINE_string("run_name", None, "Folder under outputs/<parallel>/ for what was generated; else the mnk's stem.")
+flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder, v1, v2 or v3; else the installed scalesim package.")
+flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config file; else a 256 x 256 weight-stationary array.")
+flags.DEFINE_enum("cycle_model", "simulated", MODELS, "Run SCALE-Sim, or take its analytical runtime (no stalls).")
+flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; else the CPUs, as memory allows.", lower_bound=1)
+flags.DEFINE_string("cache_dir", None, "Finished simulations; else ~/.cache/gen_astrasim_workload_input; empty: off.")
+flags.DEFINE_enum("shard_rounding", "up", ROUNDINGS, "How a size that does not divide is cut: up is the slowest NPU.")
+flags.DEFINE_integer(
+    "update_time", 100, "Cycles that ASTRA-sim adds when a pass's collective has finished.", lower_bound=0
+)
+flags.DEFINE_enum("time_unit", "cycles", UNITS, "What compute times are written in: cycles, ns, us (ASTRA-sim 2.x).")
+flags.DEFINE_float("clock_mhz", None, "The accelerator's clock in MHz, for --time_unit=ns and us.", lower_bound=1e-9)
+flags.DEFINE_bool("dry_run", False, "Print the plan; simulate nothing, write nothing.")
+flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate on its cluster.")
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit status 1."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came, in the middle of what `kept` says."""
+
+    kept = "no simulation was running"
+
+
+def warn(message: str) -> None:
+    """Print one warning line to stderr, above the progress bar where there is one."""
+    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def whole_number(text: str) -> int:
+    """Return the whole number of at most 30 digits that the text is, or -1 (int() also takes signs and 1_000)."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 30 else -1
+
+
+def shown(text: str) -> str:
+    """Quote what was found, short and printable, for a message."""
+    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write each text into the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_whole(folder / name, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all; a pipe or a device is written to as it is."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    part = target.with_name(f".{os.urandom(8).hex()}.part")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, target)
+    except OSError as error:
+        error.filename = path  # a full disk has none
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print results; whoever stops reading them has seen enough."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message: str) -> int:
+    """Print the one error line; return the exit status."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags, by their names, checked; nothing below `main` reads a flag."""
+
+    mnk: Path
+    parallel: str
+    num_npus: int
+    num_packages: int
+    datatype_size: int
+    output_file: Path
+    run_name: str
+    scalesim_path: Path | None
+    scalesim_config: Path | None
+    cycle_model: str
+    jobs: int
+    cache_dir: Path | None
+    shard_rounding: str
+    update_time: int
+    time_unit: str
+    clock_mhz: float | None
+    dry_run: bool
+    dask_scheduler: str
+
+    @classmethod
+    def from_flags(cls) -> Settings:
+        """Read the parsed flags; UserError where one has no meaning, or two do not go together."""
+        values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields(cls)}
+        values["jobs"] = values["jobs"] or (
+            os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
+        )
+        if values["cache_dir"] is None:
+            values["cache_dir"] = default_cache_dir()
+        for name in ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir"):
+            values[name] = Path(values[name]).absolute() if values[name] else None
+            if values[name] is None and name in ("mnk", "output_file"):
+                raise UserError(f"--{name} is empty, expected a path")
+        if values["num_npus"] % values["num_packages"]:
+            raise UserError("--num_packages={num_packages} does not divide --num_npus={num_npus}".format(**values))
+        if values["time_unit"] != "cycles" and not 0 < (values["clock_mhz"] or 0) < math.inf:
+            raise UserError("--time_unit={time_unit} needs --clock_mhz, expected a number above 0".format(**values))
+        if values["clock_mhz"] and values["time_unit"] == "cycles":
+            warn("--clock_mhz has no effect on times in cycles, expected --time_unit=ns or us with it")
+        if values["run_name"] is None:
+            values["run_name"] = values["mnk"].stem
+        run_name = Path(values["run_name"])
+        if run_name.is_absolute() or ".." in run_name.parts or not run_name.parts:
+            raise UserError(f"--run_name={run_name}, expected the name of a folder in outputs/{values['parallel']}")
+        return cls(**values)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that holds what was generated for this run."""
+        return Path.cwd() / "outputs" / self.parallel / self.run_name
+
+
+def default_cache_dir() -> Path | None:
+    """Return where the user's caches are, by the XDG rules; None, with a warning, where there is no home folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "gen_astrasim_workload_input"
+    except RuntimeError:
+        warn("no home folder: finished simulations are not remembered, expected --cache_dir")
+        return None
+
+
+# --- The mnk table
+class Layer(NamedTuple):
+    """One line of the table: m (minibatch rows) x n (output dimension) x k (input dimension), and its strategy."""
+
+    where: str
+    name: str
+    m: int
+    n: int
+    k: int
+    strategy: str
+
+
+def read_layers(path: Path, parallel: str) -> list[Layer]:
+    """Read the mnk table; `parallel` is every layer's strategy, or HYBRID_CUSTOMIZED for the fifth column's own.
+
+    Raises UserError, naming file and line, for whatever is not a header and then layers of whole numbers >= 1.
+    """
+    rows = _table_rows(path)
+    where, header = next(rows, (f"{path}:1", []))
+    expected = ["layer", "m", "n", "k", "customizedparallelization"]
+    columns = ["layer" if name.lower() == "layer name" else name.lower() for name in header]
+    while columns and not columns[-1]:
+        columns.pop()  # the trailing comma of SCALE-Sim's files
+    if sorted(columns) not in (sorted(expected), sorted(expected[:4])):
+        found = shown(",".join(header))
+        raise UserError(f"{where}: header {found}, expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization")
+    if parallel == CUSTOMIZED and len(columns) < len(expected):
+        raise UserError(f"{where}: no column CustomizedParallelization, expected one under --parallel={CUSTOMIZED}")
+    layers, renamed = [], []
+    for where, row in rows:
+        if len(row) < len(columns) or any(row[len(columns) :]):
+            raise UserError(f"{where}: {len(row)} columns, expected {len(columns)} as in the header")
+        cells = dict(zip(columns, row))
+        layers.append(_layer(where, cells, parallel))
+        if layers[-1].name != cells["layer"]:
+            renamed.append(f"{where}: layer name {shown(cells['layer'])}")
+    if not layers:
+        raise UserError(f"{where}: no layers, expected one a line below the header")
+    if renamed:
+        warn(f"{renamed[0]}: blanks become _, as ASTRA-sim reads words ({len(renamed)} such in all)")
+    return layers
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield ("file:line", stripped fields) of each line that is not blank."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text, expected a CSV table") from None
+    reader = csv.reader(io.StringIO(text, newline=None), strict=True, skipinitialspace=True)
+    try:
+        for row in reader:
+            stripped = [field.strip() for field in row]
+            if any(stripped):
+                yield f"{path}:{reader.line_num}", stripped
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
+
+
+def _layer(where: str, row: dict[str, str], parallel: str) -> Layer:
+    name = "_".join(row["layer"].split())
+    if not name or not name.isprintable():
+        raise UserError(f"{where}: layer name {shown(row['layer'])}, expected printable characters")
+    sizes = {dimension: whole_number(row[dimension]) for dimension in "mnk"}
+    for dimension, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{where}: {dimension} is {shown(row[dimension])}, expected a whole number >= 1")
+    strategy = parallel
+    if parallel == CUSTOMIZED:
+        written = row["customizedparallelization"]
+        strategy = MISSPELT.get(written.upper(), written.upper())
+        if strategy not in STRATEGIES:
+            raise UserError(f"{where}: strategy {shown(written)}, expected one of {', '.join(STRATEGIES)}")
+    return Layer(where, name, **sizes, strategy=strategy)
+
+
+# --- Strategies: what one NPU computes and communicates
+class Gemm(NamedTuple):
+    """A product of an M x K by a K x N matrix: rows, columns, reduction."""
+
+    m: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+
+class Share(NamedTuple):
+    """One NPU's part of one pass of a layer: its GEMM, and the collective that follows with its size in bytes."""
+
+    gemm: Gemm
+    collective: str
+    bytes: int
+
+
+Plan = list[tuple[Layer, list[Share]]]  # each layer with its three passes
+Gemms = dict[Gemm, str]  # each distinct GEMM with the layer and pass that first ask for it
+
+
+def shard(layer: Layer, settings: Settings) -> list[Share]:
+    """Cut a layer over the NPUs: one NPU's shares of the forward, input-gradient and weight-gradient passes.
+
+    The minibatch m is split over dp NPUs and the output dimension n over mp, so an NPU holds m' x k inputs and k x n'
+    weights, with m' = m/dp and n' = n/mp rounded as --shard_rounding says, never below 1. The outputs are m' x n', the
+    input gradient is m' x k reduced over n', the weight gradient k x n' reduced over m'. Sizes in bytes come from the
+    whole layer, exact and rounded down: one NPU's share of an ALLGATHER, the whole buffer of a REDUCESCATTER and an
+    ALLREDUCE, as ASTRA-sim's ring counts them.
+    """
+    collectives, degrees = STRATEGIES[layer.strategy]
+    dp, mp = degrees(settings.num_npus, settings.num_packages)
+    _, _, m, n, k, _ = layer
+    rows, columns = (split(size, degree, settings.shard_rounding) for size, degree in ((m, dp), (n, mp)))
+    gemms = Gemm(rows, columns, k), Gemm(rows, k, columns), Gemm(k, columns, rows)
+    sizes = (size * settings.datatype_size for size in (m * n, m * k, n * k))
+    return [
+        Share(gemm, collective, 0 if collective == NO_COMM else size // owners)
+        for gemm, collective, size, owners in zip(gemms, collectives, sizes, (dp * mp, dp, mp))
+    ]
+
+
+def split(size: int, degree: int, rounding: str) -> int:
+    """Return one NPU's part of a dimension that `degree` NPUs share."""
+    return -(-size // degree) if rounding == "up" else max(1, size // degree)
+
+
+def uneven(layer: Layer, settings: Settings) -> list[tuple[str, int, int]]:
+    """Return (name, size, degree) of each dimension that its strategy's degree does not divide."""
+    dp, mp = STRATEGIES[layer.strategy].degrees(settings.num_npus, settings.num_packages)
+    return [cut for cut in (("m", layer.m, dp), ("n", layer.n, mp)) if cut[1] % cut[2]]
+
+
+def check_plan(plan: Plan, settings: Settings) -> None:
+    """Warn of sizes that do not divide, and of collectives of 1 to 3 bytes; refuse those of 0 bytes.
+
+    Both ASTRA-sims end silently at a collective of 0 bytes, and never at one smaller than preferred-dataset-splits.
+    """
+    cuts: dict[tuple[str, int, int], list[str]] = {}
+    small = []
+    for layer, shares in plan:
+        for cut in uneven(layer, settings):
+            cuts.setdefault(cut, []).append(layer.name)
+        for pass_name, share in zip(PASSES.values(), shares):
+            if share.collective == NO_COMM or share.bytes >= 4:
+                continue
+            what = f"layer {layer.name}: the {share.collective} of the {pass_name} pass comes to {share.bytes} bytes"
+            small.append(what)
+            if not share.bytes:
+                raise UserError(f"{layer.where}: {what}, at which ASTRA-sim stops; expected a byte an NPU or more")
+    for (name, size, degree), names in cuts.items():
+        others = f" and {len(names) - 8} more layers" if len(names) > 8 else ""
+        each = split(size, degree, settings.shard_rounding)
+        warn(
+            f"{', '.join(names[:8])}{others}: {name} = {size} does not divide by {degree}, one NPU is timed with {each}"
+        )
+    if small:
+        warn(f"{small[0]} ({len(small)} such in all): ASTRA-sim may never end at 1 to 3 bytes, try 4 or more")
+
+
+# --- The accelerator: SCALE-Sim's config
+@dataclass(frozen=True)
+class Architecture:
+    """A SCALE-Sim config: as written, as SCALE-Sim is given it (with a run_name of ours), its array and dataflow."""
+
+    source: str
+    text: str
+    config: configparser.ConfigParser
+    scalesim_text: str
+    rows: int
+    columns: int
+    dataflow: str
+
+
+def read_architecture(path: Path | None) -> Architecture:
+    """Read the config at `path`, or the built-in one; UserError for what is none, or has no usable array in it."""
+    source = str(path or "the built-in config")
+    config = configparser.ConfigParser(interpolation=None)
+    written = io.StringIO()
+    try:
+        text = path.read_bytes().decode("utf-8-sig") if path else BUILT_IN_CONFIG
+        config.read_string(text, source)
+        config["general"] = {"run_name": "gemm"}  # it becomes part of a path, and with v1 of a shell command
+        config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it; the topology is ours
+        config.write(written)
+    except (UnicodeDecodeError, configparser.Error) as error:
+        raise UserError(f"{source}: {error}, expected a SCALE-Sim config: sections of keys and values") from None
+    array = config["architecture_presets"] if config.has_section("architecture_presets") else {}
+    # Of a range a,b SCALE-Sim v1 takes a; the others refuse it.
+    rows, columns = (whole_number(array.get(key, "").split(",")[0].strip()) for key in ("ArrayHeight", "ArrayWidth"))
+    if rows < 1 or columns < 1:
+        raise UserError(f"{source}: ArrayHeight or ArrayWidth is missing or wrong, expected whole numbers >= 1")
+    dataflow = array.get("Dataflow", "")
+    if dataflow not in ("os", "ws", "is"):
+        raise UserError(f"{source}: Dataflow is {shown(dataflow)}, expected os, ws or is")
+    for key in ("IfmapCustomLayout", "FilterCustomLayout"):
+        if config.get("layout", key, fallback="false").lower() not in ("false", "no", "off", "0"):
+            raise UserError(f"{source}: {key} is on, expected False: a layout is for one GEMM, and there are many")
+    return Architecture(source, text, config, written.getvalue(), rows, columns, dataflow)
+
+
+def foretold_cycles(gemm: Gemm, architecture: Architecture) -> int:
+    """Return the stall-free cycles of a GEMM on an R x C systolic array, as SCALE-Sim v2 and v3 count them.
+
+    The runtime model of Samajdar et al., "A Systematic Methodology for Characterizing Scalability of DNN Accelerators
+    using SCALE-Sim" (ISPASS 2020): the operands are cut into folds of the array's size; each fold loads what stays in
+    the array (R cycles; nothing stays under os), streams T vectors through it, and fills and drains it.
+    """
+    rows, columns = architecture.rows, architecture.columns
+    m, n, k = gemm
+    along_rows, along_columns, streamed = {"os": (m, n, k), "ws": (k, n, m), "is": (k, m, n)}[architecture.dataflow]
+    load = 0 if architecture.dataflow == "os" else rows
+    folds = -(-along_rows // rows) * -(-along_columns // columns)
+    return folds * (load + rows + columns + streamed - 2) - 1
+
+
+def check_analytical(architecture: Architecture) -> None:
+    """Refuse what the formula of `foretold_cycles` does not hold for, and warn where it is a bound."""
+    source, config = architecture.source, architecture.config
+    for key in ("ArrayHeight", "ArrayWidth"):
+        if "," in config["architecture_presets"][key]:
+            raise UserError(f"{source}: {key} is a range, expected one whole number >= 1")
+    if config.get("sparsity", "SparsitySupport", fallback="").lower() == "true":
+        raise UserError(f"{source}: SparsitySupport is true, expected false: the formula knows no sparsity")
+    if config.get("run_presets", "InterfaceBandwidth", fallback="") == "USER":
+        warn(f"{source}: under InterfaceBandwidth USER analytical cycles leave out the stalls: they are a lower bound")
+
+
+# --- SCALE-Sim: one GEMM, one process, one folder
+class ScaleSim(NamedTuple):
+    """A SCALE-Sim on this machine: its version, the folder to import it from, a hash of its code."""
+
+    version: int
+    folder: str
+    digest: str
+
+
+RUNNING: set[subprocess.Popen[bytes]] = set()  # the SCALE-Sim processes of this one, which end with it
+Simulation = tuple[str, dict[str, str]]  # a problem, empty where there was none; SCALE-Sim's reports and log, by name
+
+
+def code_digest(folder: Path, files: Iterable[Path]) -> str:
+    """Return a hash of source files, their names and what is in them."""
+    code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8", errors="replace") for file in files}
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+
+
+def find_scalesim(path: Path | None) -> ScaleSim:
+    """Find the SCALE-Sim at `path`, told apart by its files, or the installed one; UserError where there is none."""
+    if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
+        return ScaleSim(1, str(path), code_digest(path, path.glob("*.py")))
+    if path:
+        package = path if (path / "scale_sim.py").is_file() else path / "scalesim"
+    else:
+        spec = importlib.util.find_spec("scalesim")
+        if not spec or not spec.submodule_search_locations:
+            raise UserError("SCALE-Sim is not installed: pip install -r requirements.txt, or give --scalesim_path")
+        package = Path(spec.submodule_search_locations[0])
+    if package.name != "scalesim" or not (package / "scale_sim.py").is_file():
+        raise UserError(f"{path or package}: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim")
+    version = 3 if (package / "layout_utils.py").is_file() else 2
+    return ScaleSim(version, str(package.absolute().parent), code_digest(package, package.rglob("*.py")))
+
+
+def topology_row(name: str, gemm: Gemm) -> str:
+    """Return a GEMM as the convolution that every SCALE-Sim reads: ifmap M x K, N filters of 1 x K, one channel."""
+    return f"{name},{gemm.m},{gemm.k},1,{gemm.k},1,{gemm.n},1,\n"
+
+
+def simulate(scalesim: ScaleSim, path: Path | None, config: str, gemm: Gemm) -> Simulation:
+    """Run one GEMM through the SCALE-Sim at `path`, in a process and a temporary folder of its own.
+
+    Only values go in and come out, so this may run on another machine; there, too, the code must be that of `scalesim`.
+    """
+    import subprocess
+    import tempfile
+
+    try:
+        here = find_scalesim(path)
+    except UserError as error:
+        return str(error), {}
+    if here.digest != scalesim.digest:
+        return f"the SCALE-Sim in {here.folder} is not the code that this run began with", {}
+    command = [sys.executable, "-B", "-c", SCALESIM_PROCESS, str(here.version), here.folder]
+    # SCALE-Sim multiplies no matrices: a pool of threads in each process would only be in the others' way.
+    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    inputs = {
+        "gemm.cfg": config,
+        "gemm.csv": TOPOLOGY_HEADER + topology_row("gemm", gemm),
+        "layout.csv": f"{'-,' * 21}\ngemm,{'1,' * 20}\n",  # v3 reads one even when layouts are off
+    }
+    with tempfile.TemporaryDirectory(prefix="gen_astrasim_", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        write_files(folder, inputs)
+        with (folder / LOG).open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, **threads, "PYTHONUTF8": "1"},
+                stdin=subprocess.PIPE,  # closes when we end, however we end, and the process ends with us
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for us, who know what to keep
+            )
+            RUNNING.add(process)
+            with process:  # its end closes stdin
+                process.wait()
+            RUNNING.discard(process)
+        return _collected(folder, here.version, process.returncode, inputs)
+
+
+def _collected(folder: Path, version: int, status: int, inputs: Iterable[str]) -> Simulation:
+    """Read the reports and the log that a SCALE-Sim process left in its folder."""
+    report, _ = REPORTS[version]
+    found = sorted(folder.rglob(report))
+    reports = [file for file in found[0].parent.glob("*.csv") if file.name not in inputs] if found else []
+    files = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in reports}
+    with (folder / LOG).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_LIMIT))
+        files[LOG] = log.read().decode("utf-8", errors="replace")
+    if status:
+        return f"killed, {signal.strsignal(-status)}" if status < 0 else f"exit status {status}", files
+    return "" if found else f"it wrote no {report}", files
+
+
+def reported_cycles(files: dict[str, str], version: int) -> int:
+    """Return the cycles of the one GEMM in SCALE-Sim's report; ValueError says why there are none to trust."""
+    report, column = REPORTS[version]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(files.get(report, "")))]
+    except csv.Error as error:
+        raise ValueError(f"its {report} is no CSV: {error}") from None
+    rows = [row for row in rows if any(row)]
+    if not rows or column not in rows[0]:
+        raise ValueError(f"its {report} has no column {column}")
+    whole = max(position for position, name in enumerate(rows[0]) if name) + 1  # both end lines with a comma, or not
+    if len(rows) != 2 or len(rows[1]) < whole:
+        raise ValueError(f"its {report} has not one whole row of {whole} values")
+    text = rows[1][rows[0].index(column)]
+    cycles = whole_number(text.removesuffix(".0"))
+    if cycles < 1:
+        raise ValueError(f"its {report} says {column}: {shown(text)}, expected a whole number >= 1")
+    return cycles
+
+
+def checked_cycles(simulation: Simulation, version: int, what: str, log: Path) -> int:
+    """Return a simulation's cycles, or raise the UserError that says why there are none."""
+    problem, files = simulation
+    try:
+        if not problem:
+            return reported_cycles(files, version)
+    except ValueError as error:
+        problem = str(error)
+    lines = [line.strip()[:200] for line in files.get(LOG, "").splitlines() if line.strip()][-3:]
+    if f"killed, {signal.strsignal(signal.SIGKILL)}" in problem or "MemoryError" in "".join(lines):
+        problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
+    said = "".join(c for c in " | ".join(lines) if c.isprintable()) or "nothing"
+    raise UserError(f"SCALE-Sim failed on GEMM {what}: {problem}; it last said: {said}; log: {log}")
+
+
+# --- Each distinct GEMM once: remembered, and side by side
+class Cache:
+    """Finished simulations, a file for each: <cache_dir>/<hash of SCALE-Sim's code and the config>/<M>x<N>x<K>.json."""
+
+    def __init__(self, cache_dir: Path | None, scalesim: ScaleSim, architecture: Architecture) -> None:
+        key = scalesim.digest + architecture.scalesim_text
+        self.folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32] if cache_dir else None
+        self.version = scalesim.version
+
+    def load(self, gemm: Gemm) -> dict[str, str] | None:
+        """Return a simulation's reports and log, or None where there are none that can be read and trusted."""
+        if not self.folder:
+            return None
+        try:
+            files = json.loads((self.folder / f"{gemm}.json").read_bytes())
+            reported_cycles(files, self.version)
+            plain = all(
+                re.fullmatch(r"\w[\w.-]{0,99}", name) and (name + text).encode() for name, text in files.items()
+            )
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return None
+        return files if plain else None
+
+    def store(self, gemm: Gemm, files: dict[str, str]) -> None:
+        """Publish a finished simulation; where that can't be done, warn and remember no more."""
+        try:
+            if self.folder:
+                write_files(self.folder, {f"{gemm}.json": json.dumps(files)})
+        except OSError as error:
+            warn(f"can't remember finished simulations in {self.folder}: {error.strerror}; going on without")
+            self.folder = None
+
+
+def foretold_memory(gemm: Gemm, architecture: Architecture) -> int:
+    """Return the bytes of memory at the peak of a GEMM's simulation, rounded up by a tenth.
+
+    SCALE-Sim v2 and v3 keep a row of addresses for each operand and cycle, and the operands. Fitted by least squares
+    on the peak resident size of 61 runs of 2.0.2, 3.0.0 and c28fd1b without traces, arrays from 4 x 4 to 256 x 256, all
+    dataflows: 36 MB + cycles x (1030 + 15.4 R + 38.7 C) + 68.5 for each element, within 10 %. Of 83 runs in all, up to
+    200,000 cycles and under USER too, it is 0.84 to 1.10 times what was measured.
+    """
+    m, n, k = gemm
+    cycle = 1130 + 17 * architecture.rows + 43 * architecture.columns
+    return 40_000_000 + foretold_cycles(gemm, architecture) * cycle + 75 * (m * k + k * n + m * n)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that new processes may fill, by the machine and by this process's control groups."""
+    available = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available.append(int(meminfo["MemAvailable"].split()[0]) * 1024)
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        innermost = Path("/sys/fs/cgroup") / own.strip("/")
+        for group in (innermost, *innermost.parents):
+            limit = (group / "memory.max").read_text().strip()
+            anonymous = (group / "memory.stat").read_text().split()[1]  # what can't be dropped, as cached files can
+            if limit != "max":
+                available.append(int(limit) - int(anonymous))
+    except (OSError, ValueError, KeyError, StopIteration):
+        pass  # no Linux, or the top of the control groups
+    return max(0, min(available))
+
+
+class Work(NamedTuple):
+    """A GEMM to simulate: the layer and pass that first ask for it, its foretold cycles and bytes of memory."""
+
+    owner: str
+    cycles: int
+    memory: int
+
+
+@contextmanager
+def local_pool(jobs: int) -> Iterator[Executor]:
+    """Give an executor for simulations on this machine, whose end is the end of those that still run."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="simulation")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while any(thread.name.startswith("simulation") for thread in threading.enumerate()):
+            for process in list(RUNNING):
+                process.kill()
+            time.sleep(0.01)
+
+
+@contextmanager
+def dask_pool(address: str) -> Iterator[Executor]:
+    """Give an executor for simulations on the Dask cluster at `address`; UserError when it is not there."""
+    import logging
+
+    try:
+        from distributed import Client
+        from distributed.comm import get_address_host_port
+    except ImportError:
+        raise UserError("--dask_scheduler needs Dask, expected: pip install 'dask[distributed]'") from None
+    logging.disable()  # what goes wrong is said here, in one line
+    try:
+        get_address_host_port(address, strict=True)  # ValueError now, where the client would try for a while
+        client = Client(address, timeout=20, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dask_scheduler={address} can't be reached: {error}") from None
+    with client:
+        if not client.nthreads():
+            warn(f"the Dask scheduler at {address} has no workers yet: waiting for them")
+        pool = client.get_executor(pure=False)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False)
+
+
+def run_side_by_side(
+    pool: Executor, task: Callable[[Gemm], Simulation], work: dict[Gemm, Work], settings: Settings, bar: tqdm[Any]
+) -> Iterator[tuple[Gemm, Simulation]]:
+    """Yield each GEMM with its simulation as it finishes; they begin in the order of `work`, as jobs, memory allow."""
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    # A cluster's workers take one simulation a thread, on machines whose memory only they know.
+    jobs, room = (len(work), math.inf) if settings.dask_scheduler else (settings.jobs, available_memory())
+    waiting = list(work)
+    running: dict[Future[Simulation], Gemm] = {}
+    while waiting or running:
+        free = room - sum(work[gemm].memory for gemm in running.values())
+        fitting = (gemm for gemm in waiting if work[gemm].memory <= free)
+        following = next(fitting, None if running else waiting[0])  # what never fits is tried last, alone
+        if following and len(running) < jobs:
+            if work[following].memory > free:
+                needs, has = work[following].memory / 1e9, free / 1e9
+                warn(
+                    f"GEMM {following} ({work[following].owner}) needs about {needs:,.1f} GB of memory, {has:,.1f} GB "
+                    "is free: it may be killed; --cycle_model=analytical gives its stall-free cycles at once"
+                )
+            waiting.remove(following)
+            # Dask keeps no order among what is submitted at once, but the one that it is told, in 64 bits.
+            order = {"priority": min(work[following].cycles, 1 << 62)} if settings.dask_scheduler else {}
+            running[pool.submit(task, following, **order)] = following
+            continue
+        longest = next(iter(running.values()))
+        bar.set_postfix_str(f"{longest}, {work[longest].owner}")
+        for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+            gemm = running.pop(future)
+            try:
+                simulation = future.result()
+            except Exception as error:
+                if not settings.dask_scheduler:
+                    raise
+                # What Dask raises when the scheduler is gone, or one GEMM after another took its worker down.
+                raise UserError(f"--dask_scheduler={settings.dask_scheduler} lost GEMM {gemm}: {error!r}") from None
+            bar.update(work[gemm].cycles)
+            yield gemm, simulation
+
+
+def simulated_cycles(gemms: Gemms, settings: Settings, architecture: Architecture) -> tuple[dict[Gemm, int], int]:
+    """Return the cycles of each GEMM by SCALE-Sim, and for how many it was run.
+
+    Raises UserError when SCALE-Sim fails, naming the GEMM, its layer, what SCALE-Sim said last and its log.
+    """
+    scalesim = find_scalesim(settings.scalesim_path)
+    cache = Cache(settings.cache_dir, scalesim, architecture)
+    cycles = {}
+    for gemm in gemms:
+        if files := cache.load(gemm):
+            cycles[gemm] = reported_cycles(files, scalesim.version)
+            write_files(settings.run_folder / f"gemm_{gemm}", files)
+    work = work_ahead(
+        {gemm: owner for gemm, owner in gemms.items() if gemm not in cycles}, architecture, scalesim.version
+    )
+    if not work:
+        return cycles, 0
+    task = partial(simulate, scalesim, settings.scalesim_path, architecture.scalesim_text)
+    pool = dask_pool(settings.dask_scheduler) if settings.dask_scheduler else local_pool(settings.jobs)
+    total = sum(each.cycles for each in work.values())
+    try:
+        with pool as executor, tqdm(total=total, unit="cycle", unit_scale=True, disable=None, leave=False) as bar:
+            for gemm, simulation in run_side_by_side(executor, task, work, settings, bar):
+                folder = settings.run_folder / f"gemm_{gemm}"
+                write_files(folder, simulation[1])
+                cycles[gemm] = checked_cycles(simulation, scalesim.version, f"{gemm} ({gemms[gemm]})", folder / LOG)
+                cache.store(gemm, simulation[1])
+    except Interrupted as stop:
+        where = f"kept in {cache.folder}" if cache.folder else "kept nowhere: there is no cache"
+        stop.kept = f"{len(cycles)} of {len(gemms)} GEMMs are finished, {where}"
+        raise
+    return cycles, len(work)
+
+
+def work_ahead(gemms: Gemms, architecture: Architecture, version: int) -> dict[Gemm, Work]:
+    """Return the work that these GEMMs are, the longest first, so that none is left alone at the end."""
+    work = {}
+    for gemm, owner in gemms.items():
+        memory = foretold_memory(gemm, architecture) if version > 1 else V1_MEMORY
+        work[gemm] = Work(owner, foretold_cycles(gemm, architecture), memory)
+    return dict(sorted(work.items(), key=lambda item: item[1].cycles, reverse=True))
+
+
+# --- Compute times
+def pass_totals(plan: Plan, times: dict[Gemm, int]) -> list[int]:
+    """Return the sum of each pass's compute times over all layers."""
+    return [sum(times[shares[index].gemm] for _, shares in plan) for index in range(len(PASSES))]
+
+
+def compute_times(plan: Plan, cycles: dict[Gemm, int], settings: Settings) -> dict[Gemm, int]:
+    """Return each GEMM's compute time in --time_unit: exact, to the nearest whole number (halves to even), not 0.
+
+    Warns when rounding moves the total of a pass by more than 1 %.
+    """
+    if settings.time_unit == "cycles":
+        return cycles
+    from fractions import Fraction
+
+    unit = (1000 if settings.time_unit == "ns" else 1) / Fraction(str(settings.clock_mhz))  # a cycle's length
+    times = {gemm: max(round(count * unit), min(count, 1)) for gemm, count in cycles.items()}
+    moved = []
+    for name, written, exact in zip(PASSES.values(), pass_totals(plan, times), pass_totals(plan, cycles)):
+        change = (written - exact * unit) / (exact * unit or 1)
+        if abs(change) * 100 > 1:
+            moved.append(f"{name} pass by {float(change) * 100:+.1f} %")
+    if moved:
+        warn(f"--time_unit={settings.time_unit}: rounding moves the compute time of the {', of the '.join(moved)}")
+    return times
+
+
+# --- The workload file and the run folder
+def workload_text(settings: Settings, plan: Plan, times: dict[Gemm, int]) -> str:
+    """Return the workload file that ASTRA-sim reads, with each GEMM's compute time; sizes are bytes.
+
+    ASTRA-sim 1.0 reads words, not lines: it takes a thirteenth, the layer's own strategy, under HYBRID_CUSTOMIZED and
+    would otherwise take it for the next layer's name.
+    """
+    lines = [settings.parallel, str(len(plan))]
+    for layer, shares in plan:
+        passes = (f"{times[share.gemm]}\t{share.collective}\t{share.bytes}" for share in shares)
+        own_strategy = [layer.strategy] if settings.parallel == CUSTOMIZED else []
+        lines.append("\t".join([layer.name, "-1", *passes, str(settings.update_time), *own_strategy]))
+    return "\n".join(lines) + "\n"
+
+
+def run_files(settings: Settings, architecture: Architecture, plan: Plan, cycles: dict[Gemm, int]) -> dict[str, str]:
+    """Return what the run folder holds: each pass as a SCALE-Sim topology and as a table of cycles, and the config."""
+    files = {"scalesim.cfg": architecture.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
+    for index, name in enumerate(PASSES):
+        gemms = [(layer.name.replace(",", "_"), shares[index].gemm) for layer, shares in plan]
+        files[f"{settings.mnk.stem}_{name}.csv"] = TOPOLOGY_HEADER + "".join(topology_row(*named) for named in gemms)
+        table = [f"{layer},{gemm.m},{gemm.n},{gemm.k},{cycles[gemm]}\n" for layer, gemm in gemms]
+        files[f"{settings.mnk.stem}_{name}_cycles.csv"] = "layer,M,N,K,cycles\n" + "".join(table)
+    return files
+
+
+def check_output(settings: Settings) -> None:
+    """Make the output file's folder, and refuse now what could not be written after hours of simulation."""
+    path = settings.output_file
+    if path.is_dir():
+        raise UserError(f"--output_file={path} is a folder, expected a file")
+    for given in (settings.mnk, settings.scalesim_config):
+        if given and path.is_file() and path.samefile(given):
+            raise UserError(f"--output_file={path} is what was given to read, expected another file")
+    if path.is_file() or not path.exists():
+        path = Path(os.path.realpath(path)).parent  # a link stays a link
+        path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--output_file={settings.output_file} can't be written there: no permission")
+
+
+# --- What the user sees
+def plan_table(settings: Settings, plan: Plan, times: dict[Gemm, int], unit: str) -> list[str]:
+    """Return a table of each layer's passes, one NPU's GEMM, time and communication; equal layers share a row."""
+    rows = [("layer (* uneven)", "pass", "GEMM of one NPU", unit, "collective", "bytes")]
+    equal: dict[tuple[Any, ...], list[Layer]] = {}
+    for layer, _ in plan:
+        equal.setdefault(layer[2:], []).append(layer)
+    for layer, *others in equal.values():
+        name = f"{len(others) + 1} × {layer.name} ... {others[-1].name}" if others else layer.name
+        mark = " *" if uneven(layer, settings) else ""
+        labels = (name + mark, f"  {layer.strategy}" if settings.parallel == CUSTOMIZED else "", "")
+        for label, pass_name, (gemm, collective, size) in zip(labels, PASSES.values(), shard(layer, settings)):
+            rows.append((label, pass_name, str(gemm), f"{times[gemm]:,}", collective, f"{size:,}"))
+    return aligned(rows, "<<>><>")
+
+
+def totals(plan: Plan, times: dict[Gemm, int], unit: str) -> list[str]:
+    """Return what one training step costs an NPU: compute time by pass, bytes by collective."""
+    rows = [("totals of a training step", "", "")]
+    compute = pass_totals(plan, times)
+    for name, total in zip([*PASSES.values(), "all passes"], [*compute, sum(compute)]):
+        rows.append((f"compute, {name}", f"{total:,}", unit))
+    communicated: dict[str, list[int]] = {}
+    for share in (share for _, shares in plan for share in shares if share.collective != NO_COMM):
+        communicated.setdefault(share.collective, []).append(share.bytes)
+    for collective, sizes in communicated.items():
+        rows.append((f"{len(sizes):,} × {collective}", f"{sum(sizes):,}", "bytes"))
+    return aligned(rows, "<><")
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str, width: int = 120) -> list[str]:
+    """Align columns to the left or right (< or >); the first is cut short where a line would pass `width`."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(sides))]
+    widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    cut = ([f"{row[0][: widths[0] - 3]}..." if len(row[0]) > widths[0] else row[0], *row[1:]] for row in rows)
+    return ["  ".join(f"{cell:{side}{size}}" for cell, side, size in zip(row, sides, widths)).rstrip() for row in cut]
+
+
+# --- The pipeline
+def generate(settings: Settings) -> None:
+    """Do the whole job: read the table, cut the layers, time the GEMMs, write the workload file, show the result."""
+    started = time.monotonic()
+    plan = [(layer, shard(layer, settings)) for layer in read_layers(settings.mnk, settings.parallel)]
+    check_plan(plan, settings)
+    architecture = read_architecture(settings.scalesim_config)
+    if settings.cycle_model == "analytical":
+        check_analytical(architecture)
+    gemms: Gemms = {}
+    for layer, shares in plan:
+        for name, share in zip(PASSES.values(), shares):
+            gemms.setdefault(share.gemm, f"layer {layer.name}, {name} pass")
+    if settings.dry_run:
+        show(dry_run_report(settings, architecture, plan, gemms))
+        return
+    check_output(settings)
+    if settings.cycle_model == "analytical":
+        cycles = {gemm: foretold_cycles(gemm, architecture) for gemm in gemms}
+        made = "by SCALE-Sim's analytical runtime"
+    else:
+        cycles, runs = simulated_cycles(gemms, settings, architecture)
+        made = f"{runs} simulated, {len(gemms) - runs} from the cache"
+    write_files(settings.run_folder, run_files(settings, architecture, plan, cycles))
+    times = compute_times(plan, cycles, settings)
+    write_whole(settings.output_file, workload_text(settings, plan, times))
+    seconds = time.monotonic() - started
+    last = f"wrote {settings.output_file}: {len(plan)} layers, {len(gemms)} distinct GEMMs ({made}), {seconds:.1f} s"
+    unit = settings.time_unit
+    show([*plan_table(settings, plan, times, unit), *totals(plan, times, unit), last])
+
+
+def dry_run_report(settings: Settings, architecture: Architecture, plan: Plan, gemms: Gemms) -> list[str]:
+    """Return what --dry_run shows: the plan with foretold cycles, and what a run would cost."""
+    cycles = {gemm: foretold_cycles(gemm, architecture) for gemm in gemms}
+    times, unit = compute_times(plan, cycles, settings), f"foretold {settings.time_unit}"
+    lines = [*plan_table(settings, plan, times, unit), *totals(plan, times, unit)]
+    lines.append(f"dry run: {len(plan)} layers, {len(gemms)} distinct GEMMs of {3 * len(plan)}, nothing written")
+    if settings.cycle_model == "simulated":
+        scalesim = find_scalesim(settings.scalesim_path)
+        cache = Cache(settings.cache_dir, scalesim, architecture)
+        uncached = {gemm: owner for gemm, owner in gemms.items() if not cache.load(gemm)}
+        work = list(work_ahead(uncached, architecture, scalesim.version).values())
+        total, most = sum(each.cycles for each in work), max((each.memory for each in work), default=0)
+        lines.append(f"{len(gemms) - len(work)} in the cache, {len(work)} to simulate: {total:,} foretold cycles")
+        lines.append(f"largest simulation: {most / 1e9:,.1f} GB foretold, {available_memory() / 1e9:,.1f} GB free")
+    return lines
+
+
+def main(_: Sequence[str]) -> int:
+    """Run with the parsed flags; return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        generate(Settings.from_flags())
+    except UserError as error:
+        return fail(str(error))
+    except FileExistsError as error:
+        return fail(f"{error.filename} is a file, expected a folder")
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Interrupted as stop:
+        print(f"interrupted: {stop.kept}", file=sys.stderr)
+        return 128 + int(stop.args[0])
+    return 0
+
+
+def interrupt(number: int, _: object) -> None:
+    """Handle SIGINT and SIGTERM, once: the second must not disturb the cleaning up."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse the command line for absl: --help goes to stdout, a mistake is one error line."""
+    if {"--help", "-help", "-h"} & set(argv):
+        own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
+        show([__doc__ or "", *(f"  --{flag.name}={flag.default or ''}\n      {flag.help}" for flag in own)])
+        sys.exit(0)
+    try:
+        rest: list[str] = flags.FLAGS(list(argv))
+    except flags.Error as error:
+        sys.exit(fail(str(error)))
+    if len(rest) > 1:
+        sys.exit(fail(f"unexpected argument {shown(rest[1])}, expected only flags, as --name=value"))
+    return rest
+
+
+if __name__ == "__main__":
+    for stream in ("stdout", "stderr"):  # closed by whoever started us
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app.run(main, flags_parser=parse_flags)

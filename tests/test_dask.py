@@ -1,0 +1,165 @@
+"""Simulations on a Dask cluster: a LocalCluster, and scheduler and worker processes on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import gen_astrasim_workload_input as tool
+from helpers import GOOD_REPORT, fake_v2, is_one_error_line, run, write_table
+from test_cache import ROWS, SLOW, entries, gone, simulated, start
+
+
+@contextmanager
+def cluster(workers: int, folder: Path, **env: str) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Give the address of `dask scheduler` and the processes: it, then its workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dask = [sys.executable, "-m", "dask"]
+    commands = [[*dask, "scheduler", "--host", address, "--no-dashboard"]]
+    commands += [[*dask, "worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny"] for _ in range(workers)]
+    with (folder / "dask.log").open("ab") as log:
+        started = [
+            subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **env})
+            for command in commands
+        ]
+    try:
+        yield address, started
+    finally:
+        for process in started:
+            process.kill()
+        for process in started:
+            process.wait()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    table = write_table(tmp_path / "t.csv", *ROWS)
+    fake = fake_v2(tmp_path / "fake", SLOW.format(seconds=0.3))
+    return [f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=2", f"--cache_dir={tmp_path}/cache"]
+
+
+def begun(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start the script and return when two of its simulations are finished."""
+    running = start(tmp_path, *flags)
+    while len(entries(tmp_path / "cache")) < 2:
+        assert running.poll() is None
+        time.sleep(0.05)
+    return running
+
+
+def test_the_same_file_from_a_local_cluster(tmp_path: Path) -> None:
+    """Real SCALE-Sim; the workers get all they need by value, and the cache and run folder are filled as usual."""
+    distributed = pytest.importorskip("distributed")
+    table = write_table(tmp_path / "t.csv", "a,16,8,4", "b,8,16,12")
+    flags = [f"--mnk={table}", "--num_npus=2"]
+    assert run(tmp_path, *flags, "--output_file=local.txt").status == 0
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True, local_directory=tmp_path
+    ) as local:
+        address = f"--dask_scheduler={local.scheduler_address}"
+        result = run(tmp_path, *flags, f"--cache_dir={tmp_path}/c", address, "--run_name=far", "--output_file=far.txt")
+    assert (result.status, result.err, simulated(result.out)) == (0, "", 6)
+    assert (tmp_path / "far.txt").read_bytes() == (tmp_path / "local.txt").read_bytes()
+    assert len(list((tmp_path / "outputs/DATA/far").glob("gemm_*/COMPUTE_REPORT.csv"))) == 6
+    assert simulated(run(tmp_path, *flags, f"--cache_dir={tmp_path}/c").out) == 0
+
+
+def test_a_worker_killed_midway_costs_nothing_but_time(tmp_path: Path, base: list[str]) -> None:
+    with cluster(2, tmp_path) as (address, (_, victim, _)):
+        running = begun(tmp_path, *base, f"--dask_scheduler={address}")
+        victim.kill()
+        _, said = running.communicate()
+    assert running.returncode == 0, said
+    assert len(entries(tmp_path / "cache")) == 12
+    assert gone(tmp_path / "fake")
+
+
+def test_a_lost_scheduler_is_one_line_and_what_was_finished_is_kept(tmp_path: Path, base: list[str]) -> None:
+    with cluster(1, tmp_path) as (address, (scheduler, _)):
+        running = begun(tmp_path, *base, f"--dask_scheduler={address}")
+        scheduler.kill()
+        began = time.monotonic()
+        _, said = running.communicate()
+        assert time.monotonic() - began < 30
+    lines = [line for line in said.splitlines() if "no workers yet" not in line]
+    assert running.returncode == 1
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: --dask_scheduler={address} lost GEMM ")
+    kept = len(entries(tmp_path / "cache"))
+    assert kept >= 2
+    assert simulated(run(tmp_path, *base).out) == 12 - kept
+
+
+def test_ctrl_c_cancels_what_is_queued(tmp_path: Path, base: list[str]) -> None:
+    with cluster(1, tmp_path) as (address, _):
+        running = begun(tmp_path, *base, f"--dask_scheduler={address}")
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate()
+        assert running.returncode == 130
+        assert said.splitlines()[-1].startswith("interrupted: ")
+        assert gone(tmp_path / "fake", within=10), "the queue went on"
+
+
+def test_what_goes_wrong_there_is_said_here(tmp_path: Path, base: list[str]) -> None:
+    fake_v2(tmp_path / "bad", "print('no luck')\nsys.exit(4)")
+    with cluster(1, tmp_path) as (address, _):
+        result = run(tmp_path, *base, f"--scalesim_path={tmp_path}/bad", f"--dask_scheduler={address}")
+        assert result.status == 1
+        error = result.err.splitlines()[-1]
+        assert "exit status 4; it last said: no luck; log: " in error
+        assert Path(error.rpartition("log: ")[2]).read_text() == "no luck\n"
+
+
+def test_workers_with_another_scalesim_are_refused(tmp_path: Path) -> None:
+    """Told by the code that the workers would really run: here one that they import from their own PYTHONPATH."""
+    fake_v2(tmp_path / "theirs", GOOD_REPORT)
+    table = write_table(tmp_path / "t.csv", "a,16,8,4")
+    with cluster(1, tmp_path, PYTHONPATH=str(tmp_path / "theirs")) as (address, _):
+        result = run(tmp_path, f"--mnk={table}", f"--dask_scheduler={address}", f"--cache_dir={tmp_path}/c")
+        assert result.status == 1
+        assert (
+            f"the SCALE-Sim in {tmp_path}/theirs is not the code that this run began with"
+            in result.err.splitlines()[-1]
+        )
+        missing = run(tmp_path, f"--mnk={table}", f"--dask_scheduler={address}", f"--scalesim_path={tmp_path}/no")
+        assert missing.err == (
+            f"error: {tmp_path}/no: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim\n"
+        )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "127.0.0.1", "bogus://x"])
+def test_no_scheduler_there(address: str, tmp_path: Path, base: list[str]) -> None:
+    began = time.monotonic()
+    result = run(tmp_path, *base, f"--dask_scheduler={address}")
+    assert time.monotonic() - began < 30
+    assert is_one_error_line(result)
+    assert result.err.startswith(f"error: --dask_scheduler={address} can't be reached: ")
+
+
+def test_a_local_mishap_is_not_blamed_on_the_cluster(tmp_path: Path, base: list[str]) -> None:
+    (tmp_path / "outputs/DATA").mkdir(parents=True)
+    (tmp_path / "outputs/DATA/t").write_text("a file where the run folder should be")
+    with cluster(1, tmp_path) as (address, _):
+        result = run(tmp_path, *base, f"--dask_scheduler={address}")
+    assert is_one_error_line(result)
+    assert result.err.startswith(f"error: {tmp_path}/outputs/DATA/t/gemm_")
+    assert result.err.endswith(": Not a directory\n")
+
+
+def test_dask_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(tool.UserError) as error, tool.dask_pool("tcp://127.0.0.1:9"):
+        pass
+    assert str(error.value) == "--dask_scheduler needs Dask, expected: pip install 'dask[distributed]'"

@@ -1,0 +1,91 @@
+"""The one sharding rule, against numbers worked out by hand, and what is warned of or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import gen_astrasim_workload_input as tool
+from helpers import settings
+
+# A layer of m=100, n=50, k=30 in 4-byte elements on 12 NPUs in 3 packages: m x n is 20000 bytes, m x k 12000, n x k
+# 6000. Each pass: M, N, K with sizes rounded up, the same rounded down, collective, bytes.
+BY_HAND = {
+    "DATA": [  # m / 12 is 9 or 8
+        ((9, 50, 30), (8, 50, 30), "NONE", 0),
+        ((9, 30, 50), (8, 30, 50), "NONE", 0),
+        ((30, 50, 9), (30, 50, 8), "ALLREDUCE", 6000),
+    ],
+    "MODEL": [  # n / 12 is 5 or 4
+        ((100, 5, 30), (100, 4, 30), "ALLGATHER", 1666),
+        ((100, 30, 5), (100, 30, 4), "REDUCESCATTER", 12000),
+        ((30, 5, 100), (30, 4, 100), "NONE", 0),
+    ],
+    "HYBRID_DATA_MODEL": [  # m / 3 is 34 or 33, n / 4 is 13 or 12
+        ((34, 13, 30), (33, 12, 30), "ALLGATHER", 1666),
+        ((34, 30, 13), (33, 30, 12), "REDUCESCATTER", 4000),
+        ((30, 13, 34), (30, 12, 33), "ALLREDUCE", 1500),
+    ],
+    "HYBRID_MODEL_DATA": [  # m / 4 is 25, n / 3 is 17 or 16
+        ((25, 17, 30), (25, 16, 30), "ALLGATHER", 1666),
+        ((25, 30, 17), (25, 30, 16), "REDUCESCATTER", 3000),
+        ((30, 17, 25), (30, 16, 25), "ALLREDUCE", 2000),
+    ],
+}
+
+
+@pytest.mark.parametrize("rounding", ["up", "down"])
+@pytest.mark.parametrize("strategy", BY_HAND)
+def test_every_pass_of_every_strategy(tmp_path: Path, strategy: str, rounding: str) -> None:
+    layer = tool.Layer("t:2", "a", 100, 50, 30, strategy)
+    chosen = settings(tmp_path, num_npus=12, num_packages=3, datatype_size=4, shard_rounding=rounding)
+    expected = [(up if rounding == "up" else down, comm, size) for up, down, comm, size in BY_HAND[strategy]]
+    assert tool.shard(layer, chosen) == expected
+
+
+def test_a_share_is_never_below_one(tmp_path: Path) -> None:
+    layer = tool.Layer("t:2", "a", 3, 50, 30, "DATA")
+    shares = tool.shard(layer, settings(tmp_path, num_npus=12, num_packages=3, shard_rounding="down"))
+    assert [share.gemm for share in shares] == [(1, 50, 30), (1, 30, 50), (30, 50, 1)]
+
+
+def test_sizes_beyond_floating_point_are_exact(tmp_path: Path) -> None:
+    m, n, k = 2**31 + 1, 2**33 + 3, 2**35 + 5
+    layer = tool.Layer("t:2", "a", m, n, k, "HYBRID_DATA_MODEL")
+    shares = tool.shard(layer, settings(tmp_path, num_npus=12, num_packages=3, datatype_size=4))
+    assert [share.bytes for share in shares] == [m * n * 4 // 12, m * k * 4 // 3, n * k * 4 // 4]
+    assert shares[0].bytes > 2**53
+
+
+def plan_of(tmp_path: Path, layers: list[tool.Layer], **changes: object) -> None:
+    chosen = settings(tmp_path, **changes)
+    tool.check_plan([(layer, tool.shard(layer, chosen)) for layer in layers], chosen)
+
+
+def test_a_size_that_does_not_divide_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [tool.Layer(f"t:{line}", f"L{line}", 100, 50, 30, "HYBRID_DATA_MODEL") for line in range(2, 12)]
+    plan_of(tmp_path, [*layers, tool.Layer("t:12", "even", 96, 48, 30, "DATA")], num_npus=12, num_packages=3)
+    names = "L2, L3, L4, L5, L6, L7, L8, L9 and 2 more layers"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {names}: m = 100 does not divide by 3, one NPU is timed with 34",
+        f"warning: {names}: n = 50 does not divide by 4, one NPU is timed with 13",
+    ]
+
+
+def test_a_collective_of_0_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(tool.UserError) as error:
+        plan_of(tmp_path, [tool.Layer("t.csv:7", "tiny", 3, 2, 9, "MODEL")], datatype_size=2)
+    assert str(error.value) == (
+        "t.csv:7: layer tiny: the ALLGATHER of the forward pass comes to 0 bytes, at which ASTRA-sim stops; "
+        "expected a byte an NPU or more"
+    )
+
+
+def test_collectives_of_1_to_3_bytes_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [tool.Layer(f"t:{n}", f"small{n}", 16, n, 1, "DATA") for n in (4, 3, 2, 1)]
+    plan_of(tmp_path, layers, datatype_size=1)
+    assert capsys.readouterr().err == (
+        "warning: layer small3: the ALLREDUCE of the weight gradient pass comes to 3 bytes (3 such in all): "
+        "ASTRA-sim may never end at 1 to 3 bytes, try 4 or more\n"
+    )

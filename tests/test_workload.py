@@ -1,0 +1,93 @@
+"""The workload file as ASTRA-sim 1.0 and Chakra read it, and the run folder beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import gen_astrasim_workload_input as tool
+from helpers import MNK_INPUTS, PLAIN, read_like_astrasim, read_like_chakra, settings, write_table
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def generate(folder: Path, **changes: object) -> str:
+    chosen = settings(folder, **changes)
+    tool.generate(chosen)
+    return chosen.output_file.read_text()
+
+
+@pytest.mark.parametrize("case", sorted(GOLDEN.glob("*.txt")), ids=lambda case: case.stem)
+def test_golden(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new case is a new file, <mnk table>.<strategy>.txt: 16 NPUs, 2 packages, size 2, the built-in config."""
+    monkeypatch.chdir(tmp_path)
+    table, parallel = case.stem.split(".")
+    assert generate(tmp_path, mnk=MNK_INPUTS / f"{table}.csv", parallel=parallel) == case.read_text()
+
+
+@pytest.mark.parametrize("parallel", [*PLAIN, "HYBRID_CUSTOMIZED"])
+@pytest.mark.parametrize("table", ["example_customized", "resnet50"])
+def test_both_astrasims_read_all_of_it(
+    table: str, parallel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mnk = MNK_INPUTS / f"{table}.csv"
+    if parallel == "HYBRID_CUSTOMIZED" and table == "resnet50":
+        rows = [f"{row},{PLAIN[i % 4]}" for i, row in enumerate(mnk.read_text().splitlines()[1:])]
+        mnk = write_table(tmp_path / "t.csv", *rows, header="Layer,m,n,k,CustomizedParallelization")
+    text = generate(tmp_path, mnk=mnk, parallel=parallel)
+    strategy, layers = read_like_astrasim(text)
+    assert strategy == parallel
+    assert [layer.name for layer in layers] == [row.split(",")[0] for row in mnk.read_text().splitlines()[1:]]
+    if parallel != "HYBRID_CUSTOMIZED":
+        read_like_chakra(text)
+
+
+def test_update_time_is_the_last_number_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, layers = read_like_astrasim(generate(tmp_path, update_time=7))
+    assert {layer.update_time for layer in layers} == {7}
+
+
+def test_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mnk = write_table(tmp_path / "my.layers.csv", '"a,b",64,20,30')
+    generate(tmp_path, mnk=mnk, run_name="sweep/16")
+    folder = tmp_path / "outputs" / "DATA" / "sweep" / "16"
+    names = {f"my.layers_{name}{kind}.csv" for name in tool.PASSES for kind in ("", "_cycles")}
+    assert {file.name for file in folder.iterdir()} == {*names, "scalesim.cfg", "cycle_model.txt"}
+    assert (folder / "my.layers_inp_grad.csv").read_text() == tool.TOPOLOGY_HEADER + "a_b,4,20,1,20,1,30,1,\n"
+    # ws on 256 x 256: one fold of 2 * 256 + 256 + 4 - 2 cycles, less one
+    assert (folder / "my.layers_inp_grad_cycles.csv").read_text() == "layer,M,N,K,cycles\na_b,4,30,20,769\n"
+    assert (folder / "scalesim.cfg").read_text() == tool.BUILT_IN_CONFIG
+    assert (folder / "cycle_model.txt").read_text() == "analytical\n"
+
+
+def test_the_table_and_totals_are_right_and_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ["first,100,512,512", *(f"same{i},1024,512,512" for i in range(95)), "n" * 99 + ",1024,10000000,1"]
+    generate(tmp_path, mnk=write_table(tmp_path / "t.csv", *rows), parallel="HYBRID_DATA_MODEL")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 120
+    assert lines[0].split() == "layer (* uneven) pass GEMM of one NPU cycles collective bytes".split()
+    assert lines[4].split()[:6] == ["95", "×", "same0", "...", "same94", "forward"]
+    assert lines[7].split()[0].endswith("...")
+    assert not any(line.startswith("first *") for line in lines)  # 100 divides by 2, 512 by 8
+    totals = {line.split("  ")[0]: line.split()[-2] for line in lines if line.endswith((" bytes", " cycles"))}
+    assert totals["97 × ALLREDUCE"] == f"{96 * 512 * 512 * 2 // 8 + 10000000 * 2 // 8:,}"
+    _, layers = read_like_astrasim((tmp_path / "workload.txt").read_text())
+    assert totals["compute, all passes"] == f"{sum(time for layer in layers for time, _, _ in layer.passes):,}"
+    assert lines[-1].startswith(f"wrote {tmp_path}/workload.txt: 97 layers, ")
+
+
+def test_uneven_layers_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate(tmp_path, mnk=write_table(tmp_path / "t.csv", "odd,100,50,30", "even,160,50,30"))
+    labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert "odd *" in labels
+    assert "even" in labels

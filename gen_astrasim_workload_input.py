@@ -108,7 +108,8 @@ LOG_LIMIT = 1 << 20  # bytes: of a longer log the end is kept
 # What each SCALE-Sim process runs, in a folder of its own. SCALE-Sim 1.0 and 2.0 build shell commands out of names, so
 # they are given only names of ours that need no quoting, relative to that folder.
 SCALESIM_PROCESS = """\
-import inspect, os, runpy, shutil, sys, threading
+import gc, inspect, os, runpy, shutil, sys, threading
+gc.disable()  # SCALE-Sim makes no cycles of objects: it needs as much memory without, and less time
 def follow_parent(here):
     os.read(0, 1)  # nothing is ever written there: it returns when the parent is gone, killed or not
     shutil.rmtree(here, ignore_errors=True)
@@ -129,6 +130,8 @@ else:
                   save_disk_space=True, verbose=True, input_type_gemm=False)
     known = inspect.signature(scalesim).parameters
     scalesim(**{name: value for name, value in wanted.items() if name in known}).run_scale(top_path=".")
+    sys.stdout.flush()
+    os._exit(0)  # its reports are closed, and taking its matrices down one by one takes time
 """
 
 # --- Flags

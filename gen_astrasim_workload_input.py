@@ -379,8 +379,9 @@ class Gemm(NamedTuple):
 
 
 class Share(NamedTuple):
-    """One NPU's part of one pass of a layer: its GEMM, and the collective that follows with its size in bytes."""
+    """One NPU's part of a pass of a layer: its GEMM, and the collective that follows with its size in bytes."""
 
+    pass_name: str
     gemm: Gemm
     collective: str
     bytes: int
@@ -390,36 +391,46 @@ Plan = list[tuple[Layer, list[Share]]]  # each layer with its three passes
 Gemms = dict[Gemm, str]  # each distinct GEMM with the layer and pass that first ask for it
 
 
+class Cut(NamedTuple):
+    """A dimension of a layer, its size, over how many NPUs it is split, and one NPU's part of it."""
+
+    dimension: str
+    size: int
+    degree: int
+    part: int
+
+
+def cuts(layer: Layer, settings: Settings) -> list[Cut]:
+    """Return how a layer's m is split over dp NPUs, and its n over mp: rounded as --shard_rounding says, never to 0."""
+    up = settings.shard_rounding == "up"
+    dp, mp = STRATEGIES[layer.strategy].degrees(settings.num_npus, settings.num_packages)
+    return [
+        Cut(dimension, size, degree, -(-size // degree) if up else max(1, size // degree))
+        for dimension, size, degree in (("m", layer.m, dp), ("n", layer.n, mp))
+    ]
+
+
 def shard(layer: Layer, settings: Settings) -> list[Share]:
     """Cut a layer over the NPUs: one NPU's shares of the forward, input-gradient and weight-gradient passes.
 
-    The minibatch m is split over dp NPUs and the output dimension n over mp, so an NPU holds m' x k inputs and k x n'
-    weights, with m' = m/dp and n' = n/mp rounded as --shard_rounding says, never below 1. The outputs are m' x n', the
+    An NPU holds m' x k inputs and k x n' weights, with the parts m' and n' of `cuts`. The outputs are m' x n', the
     input gradient is m' x k reduced over n', the weight gradient k x n' reduced over m'. Sizes in bytes come from the
     whole layer, exact and rounded down: one NPU's share of an ALLGATHER, the whole buffer of a REDUCESCATTER and an
     ALLREDUCE, as ASTRA-sim's ring counts them.
     """
-    collectives, degrees = STRATEGIES[layer.strategy]
-    dp, mp = degrees(settings.num_npus, settings.num_packages)
-    _, _, m, n, k, _ = layer
-    rows, columns = (split(size, degree, settings.shard_rounding) for size, degree in ((m, dp), (n, mp)))
-    gemms = Gemm(rows, columns, k), Gemm(rows, k, columns), Gemm(k, columns, rows)
-    sizes = (size * settings.datatype_size for size in (m * n, m * k, n * k))
-    return [
-        Share(gemm, collective, 0 if collective == NO_COMM else size // owners)
-        for gemm, collective, size, owners in zip(gemms, collectives, sizes, (dp * mp, dp, mp))
+    (_, m, dp, rows), (_, n, mp, columns) = cuts(layer, settings)
+    k = layer.k
+    passes = [  # the GEMM, the elements of what is communicated, and over how many NPUs those are split
+        (Gemm(rows, columns, k), m * n, dp * mp),
+        (Gemm(rows, k, columns), m * k, dp),
+        (Gemm(k, columns, rows), n * k, mp),
     ]
-
-
-def split(size: int, degree: int, rounding: str) -> int:
-    """Return one NPU's part of a dimension that `degree` NPUs share."""
-    return -(-size // degree) if rounding == "up" else max(1, size // degree)
-
-
-def uneven(layer: Layer, settings: Settings) -> list[tuple[str, int, int]]:
-    """Return (name, size, degree) of each dimension that its strategy's degree does not divide."""
-    dp, mp = STRATEGIES[layer.strategy].degrees(settings.num_npus, settings.num_packages)
-    return [cut for cut in (("m", layer.m, dp), ("n", layer.n, mp)) if cut[1] % cut[2]]
+    return [
+        Share(name, gemm, collective, 0 if collective == NO_COMM else elements * settings.datatype_size // split)
+        for name, collective, (gemm, elements, split) in zip(
+            PASSES.values(), STRATEGIES[layer.strategy].collectives, passes
+        )
+    ]
 
 
 def check_plan(plan: Plan, settings: Settings) -> None:
@@ -427,24 +438,22 @@ def check_plan(plan: Plan, settings: Settings) -> None:
 
     Both ASTRA-sims end silently at a collective of 0 bytes, and never at one smaller than preferred-dataset-splits.
     """
-    cuts: dict[tuple[str, int, int], list[str]] = {}
+    uneven: dict[Cut, list[str]] = {}
     small = []
     for layer, shares in plan:
-        for cut in uneven(layer, settings):
-            cuts.setdefault(cut, []).append(layer.name)
-        for pass_name, share in zip(PASSES.values(), shares):
-            if share.collective == NO_COMM or share.bytes >= 4:
+        for cut in cuts(layer, settings):
+            if cut.size % cut.degree:
+                uneven.setdefault(cut, []).append(layer.name)
+        for pass_name, _, collective, size in shares:
+            if collective == NO_COMM or size >= 4:
                 continue
-            what = f"layer {layer.name}: the {share.collective} of the {pass_name} pass comes to {share.bytes} bytes"
+            what = f"layer {layer.name}: the {collective} of the {pass_name} pass comes to {size} bytes"
             small.append(what)
-            if not share.bytes:
+            if not size:
                 raise UserError(f"{layer.where}: {what}, at which ASTRA-sim stops; expected a byte an NPU or more")
-    for (name, size, degree), names in cuts.items():
-        others = f" and {len(names) - 8} more layers" if len(names) > 8 else ""
-        each = split(size, degree, settings.shard_rounding)
-        warn(
-            f"{', '.join(names[:8])}{others}: {name} = {size} does not divide by {degree}, one NPU is timed with {each}"
-        )
+    for (dimension, size, degree, part), names in uneven.items():
+        which = ", ".join(names[:8]) + (f" and {len(names) - 8} more layers" if len(names) > 8 else "")
+        warn(f"{which}: {dimension} = {size} does not divide by {degree}, one NPU is timed with {part}")
     if small:
         warn(f"{small[0]} ({len(small)} such in all): ASTRA-sim may never end at 1 to 3 bytes, try 4 or more")
 
@@ -454,17 +463,15 @@ def check_plan(plan: Plan, settings: Settings) -> None:
 class Architecture:
     """A SCALE-Sim config: as written, as SCALE-Sim is given it (with a run_name of ours), its array and dataflow."""
 
-    source: str
     text: str
-    config: configparser.ConfigParser
     scalesim_text: str
     rows: int
     columns: int
     dataflow: str
 
 
-def read_architecture(path: Path | None) -> Architecture:
-    """Read the config at `path`, or the built-in one; UserError for what is none, or has no usable array in it."""
+def read_architecture(path: Path | None, cycle_model: str = "simulated") -> Architecture:
+    """Read the config at `path`, or the built-in one; UserError for what is none or does not suit the cycle model."""
     source = str(path or "the built-in config")
     config = configparser.ConfigParser(interpolation=None)
     written = io.StringIO()
@@ -487,7 +494,20 @@ def read_architecture(path: Path | None) -> Architecture:
     for key in ("IfmapCustomLayout", "FilterCustomLayout"):
         if config.get("layout", key, fallback="false").lower() not in ("false", "no", "off", "0"):
             raise UserError(f"{source}: {key} is on, expected False: a layout is for one GEMM, and there are many")
-    return Architecture(source, text, config, written.getvalue(), rows, columns, dataflow)
+    if cycle_model == "analytical":
+        check_analytical(source, config)
+    return Architecture(text, written.getvalue(), rows, columns, dataflow)
+
+
+def check_analytical(source: str, config: configparser.ConfigParser) -> None:
+    """Refuse what the formula of `foretold_cycles` does not hold for, and warn where it is a bound."""
+    for key in ("ArrayHeight", "ArrayWidth"):
+        if "," in config["architecture_presets"][key]:
+            raise UserError(f"{source}: {key} is a range, expected one whole number >= 1")
+    if config.get("sparsity", "SparsitySupport", fallback="").lower() == "true":
+        raise UserError(f"{source}: SparsitySupport is true, expected false: the formula knows no sparsity")
+    if config.get("run_presets", "InterfaceBandwidth", fallback="") == "USER":
+        warn(f"{source}: under InterfaceBandwidth USER analytical cycles leave out the stalls: they are a lower bound")
 
 
 def foretold_cycles(gemm: Gemm, architecture: Architecture) -> int:
@@ -503,18 +523,6 @@ def foretold_cycles(gemm: Gemm, architecture: Architecture) -> int:
     load = 0 if architecture.dataflow == "os" else rows
     folds = -(-along_rows // rows) * -(-along_columns // columns)
     return folds * (load + rows + columns + streamed - 2) - 1
-
-
-def check_analytical(architecture: Architecture) -> None:
-    """Refuse what the formula of `foretold_cycles` does not hold for, and warn where it is a bound."""
-    source, config = architecture.source, architecture.config
-    for key in ("ArrayHeight", "ArrayWidth"):
-        if "," in config["architecture_presets"][key]:
-            raise UserError(f"{source}: {key} is a range, expected one whole number >= 1")
-    if config.get("sparsity", "SparsitySupport", fallback="").lower() == "true":
-        raise UserError(f"{source}: SparsitySupport is true, expected false: the formula knows no sparsity")
-    if config.get("run_presets", "InterfaceBandwidth", fallback="") == "USER":
-        warn(f"{source}: under InterfaceBandwidth USER analytical cycles leave out the stalls: they are a lower bound")
 
 
 # --- SCALE-Sim: one GEMM, one process, one folder
@@ -658,19 +666,19 @@ class Cache:
         self.folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32] if cache_dir else None
         self.version = scalesim.version
 
-    def load(self, gemm: Gemm) -> dict[str, str] | None:
-        """Return a simulation's reports and log, or None where there are none that can be read and trusted."""
+    def load(self, gemm: Gemm) -> tuple[int, dict[str, str]] | None:
+        """Return a simulation's cycles, reports and log, or None where there are none that can be trusted."""
         if not self.folder:
             return None
         try:
             files = json.loads((self.folder / f"{gemm}.json").read_bytes())
-            reported_cycles(files, self.version)
+            cycles = reported_cycles(files, self.version)
             plain = all(
                 re.fullmatch(r"\w[\w.-]{0,99}", name) and (name + text).encode() for name, text in files.items()
             )
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
-        return files if plain else None
+        return (cycles, files) if plain else None
 
     def store(self, gemm: Gemm, files: dict[str, str]) -> None:
         """Publish a finished simulation; where that can't be done, warn and remember no more."""
@@ -814,8 +822,8 @@ def simulated_cycles(gemms: Gemms, settings: Settings, architecture: Architectur
     cache = Cache(settings.cache_dir, scalesim, architecture)
     cycles = {}
     for gemm in gemms:
-        if files := cache.load(gemm):
-            cycles[gemm] = reported_cycles(files, scalesim.version)
+        if found := cache.load(gemm):
+            cycles[gemm], files = found
             write_files(settings.run_folder / f"gemm_{gemm}", files)
     work = work_ahead(
         {gemm: owner for gemm, owner in gemms.items() if gemm not in cycles}, architecture, scalesim.version
@@ -917,33 +925,28 @@ def check_output(settings: Settings) -> None:
 
 
 # --- What the user sees
-def plan_table(settings: Settings, plan: Plan, times: dict[Gemm, int], unit: str) -> list[str]:
-    """Return a table of each layer's passes, one NPU's GEMM, time and communication; equal layers share a row."""
+def result_table(settings: Settings, plan: Plan, times: dict[Gemm, int], unit: str) -> list[str]:
+    """Return what one NPU does in each layer's passes, equal layers in a row, and what a training step costs it."""
     rows = [("layer (* uneven)", "pass", "GEMM of one NPU", unit, "collective", "bytes")]
-    equal: dict[tuple[Any, ...], list[Layer]] = {}
-    for layer, _ in plan:
-        equal.setdefault(layer[2:], []).append(layer)
-    for layer, *others in equal.values():
-        name = f"{len(others) + 1} × {layer.name} ... {others[-1].name}" if others else layer.name
-        mark = " *" if uneven(layer, settings) else ""
+    equal: dict[tuple[Any, ...], Plan] = {}
+    for layer, shares in plan:
+        equal.setdefault(layer[2:], []).append((layer, shares))
+    for (layer, shares), *others in equal.values():
+        name = f"{len(others) + 1} × {layer.name} ... {others[-1][0].name}" if others else layer.name
+        mark = " *" if any(cut.size % cut.degree for cut in cuts(layer, settings)) else ""
         labels = (name + mark, f"  {layer.strategy}" if settings.parallel == CUSTOMIZED else "", "")
-        for label, pass_name, (gemm, collective, size) in zip(labels, PASSES.values(), shard(layer, settings)):
+        for label, (pass_name, gemm, collective, size) in zip(labels, shares):
             rows.append((label, pass_name, str(gemm), f"{times[gemm]:,}", collective, f"{size:,}"))
-    return aligned(rows, "<<>><>")
-
-
-def totals(plan: Plan, times: dict[Gemm, int], unit: str) -> list[str]:
-    """Return what one training step costs an NPU: compute time by pass, bytes by collective."""
-    rows = [("totals of a training step", "", "")]
     compute = pass_totals(plan, times)
+    totals = [("totals of a training step", "", "")]
     for name, total in zip([*PASSES.values(), "all passes"], [*compute, sum(compute)]):
-        rows.append((f"compute, {name}", f"{total:,}", unit))
+        totals.append((f"compute, {name}", f"{total:,}", unit))
     communicated: dict[str, list[int]] = {}
     for share in (share for _, shares in plan for share in shares if share.collective != NO_COMM):
         communicated.setdefault(share.collective, []).append(share.bytes)
     for collective, sizes in communicated.items():
-        rows.append((f"{len(sizes):,} × {collective}", f"{sum(sizes):,}", "bytes"))
-    return aligned(rows, "<><")
+        totals.append((f"{len(sizes):,} × {collective}", f"{sum(sizes):,}", "bytes"))
+    return [*aligned(rows, "<<>><>"), *aligned(totals, "<><")]
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str, width: int = 120) -> list[str]:
@@ -960,13 +963,11 @@ def generate(settings: Settings) -> None:
     started = time.monotonic()
     plan = [(layer, shard(layer, settings)) for layer in read_layers(settings.mnk, settings.parallel)]
     check_plan(plan, settings)
-    architecture = read_architecture(settings.scalesim_config)
-    if settings.cycle_model == "analytical":
-        check_analytical(architecture)
+    architecture = read_architecture(settings.scalesim_config, settings.cycle_model)
     gemms: Gemms = {}
     for layer, shares in plan:
-        for name, share in zip(PASSES.values(), shares):
-            gemms.setdefault(share.gemm, f"layer {layer.name}, {name} pass")
+        for share in shares:
+            gemms.setdefault(share.gemm, f"layer {layer.name}, {share.pass_name} pass")
     if settings.dry_run:
         show(dry_run_report(settings, architecture, plan, gemms))
         return
@@ -982,15 +983,13 @@ def generate(settings: Settings) -> None:
     write_whole(settings.output_file, workload_text(settings, plan, times))
     seconds = time.monotonic() - started
     last = f"wrote {settings.output_file}: {len(plan)} layers, {len(gemms)} distinct GEMMs ({made}), {seconds:.1f} s"
-    unit = settings.time_unit
-    show([*plan_table(settings, plan, times, unit), *totals(plan, times, unit), last])
+    show([*result_table(settings, plan, times, settings.time_unit), last])
 
 
 def dry_run_report(settings: Settings, architecture: Architecture, plan: Plan, gemms: Gemms) -> list[str]:
     """Return what --dry_run shows: the plan with foretold cycles, and what a run would cost."""
     cycles = {gemm: foretold_cycles(gemm, architecture) for gemm in gemms}
-    times, unit = compute_times(plan, cycles, settings), f"foretold {settings.time_unit}"
-    lines = [*plan_table(settings, plan, times, unit), *totals(plan, times, unit)]
+    lines = result_table(settings, plan, compute_times(plan, cycles, settings), f"foretold {settings.time_unit}")
     lines.append(f"dry run: {len(plan)} layers, {len(gemms)} distinct GEMMs of {3 * len(plan)}, nothing written")
     if settings.cycle_model == "simulated":
         scalesim = find_scalesim(settings.scalesim_path)

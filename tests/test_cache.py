@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import json
 import os
 import random
@@ -306,7 +305,7 @@ def test_foretold_memory_is_what_was_measured() -> None:
         (128, "ws", tool.Gemm(1024, 1024, 1024)): 963645440,
     }
     for (size, dataflow, gemm), peak in measured.items():
-        array = tool.Architecture("", "", configparser.ConfigParser(), "", size, size, dataflow)
+        array = tool.Architecture("", "", size, size, dataflow)
         assert 1 <= tool.foretold_memory(gemm, array) / peak <= 1.2
 
 

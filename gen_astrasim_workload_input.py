@@ -19,25 +19,25 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
 import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    import subprocess
-    from concurrent.futures import Executor, Future
 
 # --- Constants
 PASSES = {"fwd_pass": "forward", "inp_grad": "input gradient", "weight_grad": "weight gradient"}
@@ -61,78 +61,70 @@ STRATEGIES = {
 }
 MISSPELT = {"HYBRD_DATA_MODEL": "HYBRID_DATA_MODEL"}  # as the format's original description has it
 
-# The TPU-like accelerator of the published results, with every key that any release of SCALE-Sim reads.
-BUILT_IN_CONFIG = """\
-[general]
-run_name = gemm
-[architecture_presets]
-ArrayHeight: 256
-ArrayWidth: 256
-IfmapSramSzkB: 6144
-FilterSramSzkB: 6144
-OfmapSramSzkB: 2048
-IfmapSramSz: 8192
-FilterSramSz: 8192
-OfmapSramSz: 8192
-IfmapOffset: 0
-FilterOffset: 10000000
-OfmapOffset: 20000000
-Dataflow: ws
-Bandwidth: 10
-MemoryBanks: 1
-ReadRequestBuffer: 512
-WriteRequestBuffer: 512
-[layout]
-IfmapCustomLayout: False
-IfmapSRAMBankBandwidth: 10
-IfmapSRAMBankNum: 10
-IfmapSRAMBankPort: 2
-FilterCustomLayout: False
-FilterSRAMBankBandwidth: 10
-FilterSRAMBankNum: 10
-FilterSRAMBankPort: 2
-[sparsity]
-SparsitySupport: false
-[run_presets]
-InterfaceBandwidth: CALC
-UseRamulatorTrace: False
-"""
 
-# Of each version of SCALE-Sim, the report with the cycles, and their column: by name, as v3 put another before it.
-REPORTS = {1: ("gemm_cycles.csv", "Cycles"), **dict.fromkeys((2, 3), ("COMPUTE_REPORT.csv", "Total Cycles"))}
-TOPOLOGY_HEADER = "Layer name,IFMAP height,IFMAP width,Filter height,Filter width,Channels,Num filter,Strides,\n"
-V1_MEMORY = 60_000_000  # bytes: SCALE-Sim v1 keeps its traces on disk
-LOG = "scalesim.log"
-LOG_LIMIT = 1 << 20  # bytes: of a longer log the end is kept
+# --- Messages, numbers and files
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit status 1."""
 
-# What each SCALE-Sim process runs, in a folder of its own. SCALE-Sim 1.0 and 2.0 build shell commands out of names, so
-# they are given only names of ours that need no quoting, relative to that folder.
-SCALESIM_PROCESS = """\
-import gc, inspect, os, runpy, shutil, sys, threading
-gc.disable()  # SCALE-Sim makes no cycles of objects: it needs as much memory without, and less time
-def follow_parent(here):
-    os.read(0, 1)  # nothing is ever written there: it returns when the parent is gone, killed or not
-    shutil.rmtree(here, ignore_errors=True)
-    os._exit(1)
-threading.Thread(target=follow_parent, args=[os.getcwd()], daemon=True).start()
-version, folder = sys.argv[1:]
-sys.path.insert(0, folder)
-if version == "1":
-    sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
-    runpy.run_path(os.path.join(folder, "scale.py"), run_name="__main__")
-else:
-    import scalesim  # from that folder and no other, which must not stand before Python's own for the rest
-    sys.path.remove(folder)
-    import numpy
-    vars(numpy).setdefault("int", int)  # 2.0, 2.0.1 and c28fd1b use this name, which numpy 1.24 took away
-    from scalesim.scale_sim import scalesim
-    wanted = dict(config="gemm.cfg", topology="gemm.csv", layout="layout.csv",
-                  save_disk_space=True, verbose=True, input_type_gemm=False)
-    known = inspect.signature(scalesim).parameters
-    scalesim(**{name: value for name, value in wanted.items() if name in known}).run_scale(top_path=".")
-    sys.stdout.flush()
-    os._exit(0)  # its reports are closed, and taking its matrices down one by one takes time
-"""
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came, in the middle of what `kept` says."""
+
+    kept = "no simulation was running"
+
+
+def warn(message: str) -> None:
+    """Print one warning line to stderr, above the progress bar where there is one."""
+    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str) -> int:
+    """Print the one error line; return the exit status."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print results; whoever stops reading them has seen enough."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown(text: str) -> str:
+    """Quote what was found, short and printable, for a message."""
+    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def whole_number(text: str) -> int:
+    """Return the whole number of at most 30 digits that the text is, or -1 (int() also takes signs and 1_000)."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 30 else -1
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all; a pipe or a device is written to as it is."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    part = target.with_name(f".{os.urandom(8).hex()}.part")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        part.write_text(text, encoding="utf-8", newline="")
+        os.replace(part, target)
+    except OSError as error:
+        error.filename = path  # a full disk has none
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write each text into the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_whole(folder / name, text)
+
 
 # --- Flags
 EXAMPLE = str(Path(__file__).resolve().parent / "mnk_inputs" / "example.csv")
@@ -160,71 +152,7 @@ flags.DEFINE_bool("dry_run", False, "Print the plan; simulate nothing, write not
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate on its cluster.")
 
 
-class UserError(Exception):
-    """Something the user can mend: shown as one line, exit status 1."""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came, in the middle of what `kept` says."""
-
-    kept = "no simulation was running"
-
-
-def warn(message: str) -> None:
-    """Print one warning line to stderr, above the progress bar where there is one."""
-    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
-
-
-def whole_number(text: str) -> int:
-    """Return the whole number of at most 30 digits that the text is, or -1 (int() also takes signs and 1_000)."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 30 else -1
-
-
-def shown(text: str) -> str:
-    """Quote what was found, short and printable, for a message."""
-    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
-
-
-def write_files(folder: Path, files: dict[str, str]) -> None:
-    """Write each text into the folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_whole(folder / name, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all; a pipe or a device is written to as it is."""
-    target = Path(os.path.realpath(path))  # a link stays a link
-    part = target.with_name(f".{os.urandom(8).hex()}.part")
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, target)
-    except OSError as error:
-        error.filename = path  # a full disk has none
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def show(lines: Iterable[str]) -> None:
-    """Print results; whoever stops reading them has seen enough."""
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def fail(message: str) -> int:
-    """Print the one error line; return the exit status."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
-
-
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The flags, by their names, checked; nothing below `main` reads a flag."""
 
     mnk: Path
@@ -249,28 +177,29 @@ class Settings:
     @classmethod
     def from_flags(cls) -> Settings:
         """Read the parsed flags; UserError where one has no meaning, or two do not go together."""
-        values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields(cls)}
-        values["jobs"] = values["jobs"] or (
-            os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
-        )
+        values: dict[str, Any] = {name: flags.FLAGS[name].value for name in cls._fields}
+        cpus = os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
+        values["jobs"] = values["jobs"] or cpus
         if values["cache_dir"] is None:
             values["cache_dir"] = default_cache_dir()
+        for name in ("mnk", "output_file"):
+            if not values[name]:
+                raise UserError(f"--{name} is empty, expected a path")
         for name in ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir"):
             values[name] = Path(values[name]).absolute() if values[name] else None
-            if values[name] is None and name in ("mnk", "output_file"):
-                raise UserError(f"--{name} is empty, expected a path")
-        if values["num_npus"] % values["num_packages"]:
-            raise UserError("--num_packages={num_packages} does not divide --num_npus={num_npus}".format(**values))
-        if values["time_unit"] != "cycles" and not 0 < (values["clock_mhz"] or 0) < math.inf:
-            raise UserError("--time_unit={time_unit} needs --clock_mhz, expected a number above 0".format(**values))
-        if values["clock_mhz"] and values["time_unit"] == "cycles":
-            warn("--clock_mhz has no effect on times in cycles, expected --time_unit=ns or us with it")
         if values["run_name"] is None:
             values["run_name"] = values["mnk"].stem
-        run_name = Path(values["run_name"])
+        settings = cls(**values)
+        if settings.num_npus % settings.num_packages:
+            raise UserError(f"--num_packages={settings.num_packages} does not divide --num_npus={settings.num_npus}")
+        if settings.time_unit != "cycles" and not 0 < (settings.clock_mhz or 0) < math.inf:
+            raise UserError(f"--time_unit={settings.time_unit} needs --clock_mhz, expected a number above 0")
+        if settings.time_unit == "cycles" and settings.clock_mhz:
+            warn("--clock_mhz has no effect on times in cycles, expected --time_unit=ns or us with it")
+        run_name = Path(settings.run_name)
         if run_name.is_absolute() or ".." in run_name.parts or not run_name.parts:
-            raise UserError(f"--run_name={run_name}, expected the name of a folder in outputs/{values['parallel']}")
-        return cls(**values)
+            raise UserError(f"--run_name={run_name}, expected the name of a folder in outputs/{settings.parallel}")
+        return settings
 
     @property
     def run_folder(self) -> Path:
@@ -388,38 +317,30 @@ class Share(NamedTuple):
 
 
 Plan = list[tuple[Layer, list[Share]]]  # each layer with its three passes
-Gemms = dict[Gemm, str]  # each distinct GEMM with the layer and pass that first ask for it
 
 
-class Cut(NamedTuple):
-    """A dimension of a layer, its size, over how many NPUs it is split, and one NPU's part of it."""
-
-    dimension: str
-    size: int
-    degree: int
-    part: int
+def degrees(layer: Layer, settings: Settings) -> tuple[int, int]:
+    """Return (dp, mp): over how many NPUs a layer's m and n are split."""
+    return STRATEGIES[layer.strategy].degrees(settings.num_npus, settings.num_packages)
 
 
-def cuts(layer: Layer, settings: Settings) -> list[Cut]:
-    """Return how a layer's m is split over dp NPUs, and its n over mp: rounded as --shard_rounding says, never to 0."""
-    up = settings.shard_rounding == "up"
-    dp, mp = STRATEGIES[layer.strategy].degrees(settings.num_npus, settings.num_packages)
-    return [
-        Cut(dimension, size, degree, -(-size // degree) if up else max(1, size // degree))
-        for dimension, size, degree in (("m", layer.m, dp), ("n", layer.n, mp))
-    ]
+def npu_part(size: int, degree: int, rounding: str) -> int:
+    """Return one NPU's part of a dimension that is split over `degree` NPUs, rounded up or down, never to 0."""
+    return -(-size // degree) if rounding == "up" else max(1, size // degree)
 
 
 def shard(layer: Layer, settings: Settings) -> list[Share]:
     """Cut a layer over the NPUs: one NPU's shares of the forward, input-gradient and weight-gradient passes.
 
-    An NPU holds m' x k inputs and k x n' weights, with the parts m' and n' of `cuts`. The outputs are m' x n', the
+    An NPU holds m' x k inputs and k x n' weights, m' and n' its parts of m and n. The outputs are m' x n', the
     input gradient is m' x k reduced over n', the weight gradient k x n' reduced over m'. Sizes in bytes come from the
     whole layer, exact and rounded down: one NPU's share of an ALLGATHER, the whole buffer of a REDUCESCATTER and an
     ALLREDUCE, as ASTRA-sim's ring counts them.
     """
-    (_, m, dp, rows), (_, n, mp, columns) = cuts(layer, settings)
-    k = layer.k
+    m, n, k = layer.m, layer.n, layer.k
+    dp, mp = degrees(layer, settings)
+    rows, columns = npu_part(m, dp, settings.shard_rounding), npu_part(n, mp, settings.shard_rounding)
+    collectives = STRATEGIES[layer.strategy].collectives
     passes = [  # the GEMM, the elements of what is communicated, and over how many NPUs those are split
         (Gemm(rows, columns, k), m * n, dp * mp),
         (Gemm(rows, k, columns), m * k, dp),
@@ -427,9 +348,7 @@ def shard(layer: Layer, settings: Settings) -> list[Share]:
     ]
     return [
         Share(name, gemm, collective, 0 if collective == NO_COMM else elements * settings.datatype_size // split)
-        for name, collective, (gemm, elements, split) in zip(
-            PASSES.values(), STRATEGIES[layer.strategy].collectives, passes
-        )
+        for name, collective, (gemm, elements, split) in zip(PASSES.values(), collectives, passes)
     ]
 
 
@@ -438,29 +357,69 @@ def check_plan(plan: Plan, settings: Settings) -> None:
 
     Both ASTRA-sims end silently at a collective of 0 bytes, and never at one smaller than preferred-dataset-splits.
     """
-    uneven: dict[Cut, list[str]] = {}
+    uneven: dict[str, list[str]] = {}
     small = []
     for layer, shares in plan:
-        for cut in cuts(layer, settings):
-            if cut.size % cut.degree:
-                uneven.setdefault(cut, []).append(layer.name)
+        dp, mp = degrees(layer, settings)
+        rows, columns, _ = shares[0].gemm
+        for dimension, size, degree, own in (("m", layer.m, dp, rows), ("n", layer.n, mp, columns)):
+            if size % degree:
+                what = f"{dimension} = {size} does not divide by {degree}, one NPU is timed with {own}"
+                uneven.setdefault(what, []).append(layer.name)
         for pass_name, _, collective, size in shares:
-            if collective == NO_COMM or size >= 4:
-                continue
-            what = f"layer {layer.name}: the {collective} of the {pass_name} pass comes to {size} bytes"
-            small.append(what)
-            if not size:
-                raise UserError(f"{layer.where}: {what}, at which ASTRA-sim stops; expected a byte an NPU or more")
-    for (dimension, size, degree, part), names in uneven.items():
+            if collective != NO_COMM and size < 4:
+                what = f"layer {layer.name}: the {collective} of the {pass_name} pass comes to {size} bytes"
+                if not size:
+                    raise UserError(f"{layer.where}: {what}, at which ASTRA-sim stops; expected a byte an NPU or more")
+                small.append(what)
+    for what, names in uneven.items():
         which = ", ".join(names[:8]) + (f" and {len(names) - 8} more layers" if len(names) > 8 else "")
-        warn(f"{which}: {dimension} = {size} does not divide by {degree}, one NPU is timed with {part}")
+        warn(f"{which}: {what}")
     if small:
         warn(f"{small[0]} ({len(small)} such in all): ASTRA-sim may never end at 1 to 3 bytes, try 4 or more")
 
 
 # --- The accelerator: SCALE-Sim's config
-@dataclass(frozen=True)
-class Architecture:
+
+# The TPU-like accelerator of the published results, with every key that any release of SCALE-Sim reads.
+BUILT_IN_CONFIG = """\
+[general]
+run_name = gemm
+[architecture_presets]
+ArrayHeight: 256
+ArrayWidth: 256
+IfmapSramSzkB: 6144
+FilterSramSzkB: 6144
+OfmapSramSzkB: 2048
+IfmapSramSz: 8192
+FilterSramSz: 8192
+OfmapSramSz: 8192
+IfmapOffset: 0
+FilterOffset: 10000000
+OfmapOffset: 20000000
+Dataflow: ws
+Bandwidth: 10
+MemoryBanks: 1
+ReadRequestBuffer: 512
+WriteRequestBuffer: 512
+[layout]
+IfmapCustomLayout: False
+IfmapSRAMBankBandwidth: 10
+IfmapSRAMBankNum: 10
+IfmapSRAMBankPort: 2
+FilterCustomLayout: False
+FilterSRAMBankBandwidth: 10
+FilterSRAMBankNum: 10
+FilterSRAMBankPort: 2
+[sparsity]
+SparsitySupport: false
+[run_presets]
+InterfaceBandwidth: CALC
+UseRamulatorTrace: False
+"""
+
+
+class Architecture(NamedTuple):
     """A SCALE-Sim config: as written, as SCALE-Sim is given it (with a run_name of ours), its array and dataflow."""
 
     text: str
@@ -483,12 +442,12 @@ def read_architecture(path: Path | None, cycle_model: str = "simulated") -> Arch
         config.write(written)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config: sections of keys and values") from None
-    array = config["architecture_presets"] if config.has_section("architecture_presets") else {}
+    preset = partial(config.get, "architecture_presets", fallback="")
     # Of a range a,b SCALE-Sim v1 takes a; the others refuse it.
-    rows, columns = (whole_number(array.get(key, "").split(",")[0].strip()) for key in ("ArrayHeight", "ArrayWidth"))
+    rows, columns = (whole_number(preset(key).split(",")[0].strip()) for key in ("ArrayHeight", "ArrayWidth"))
     if rows < 1 or columns < 1:
         raise UserError(f"{source}: ArrayHeight or ArrayWidth is missing or wrong, expected whole numbers >= 1")
-    dataflow = array.get("Dataflow", "")
+    dataflow = preset("Dataflow")
     if dataflow not in ("os", "ws", "is"):
         raise UserError(f"{source}: Dataflow is {shown(dataflow)}, expected os, ws or is")
     for key in ("IfmapCustomLayout", "FilterCustomLayout"):
@@ -526,6 +485,43 @@ def foretold_cycles(gemm: Gemm, architecture: Architecture) -> int:
 
 
 # --- SCALE-Sim: one GEMM, one process, one folder
+
+# Of each version of SCALE-Sim, the report with the cycles, and their column: by name, as v3 put another before it.
+REPORTS = {1: ("gemm_cycles.csv", "Cycles"), **dict.fromkeys((2, 3), ("COMPUTE_REPORT.csv", "Total Cycles"))}
+TOPOLOGY_HEADER = "Layer name,IFMAP height,IFMAP width,Filter height,Filter width,Channels,Num filter,Strides,\n"
+LOG = "scalesim.log"
+LOG_LIMIT = 1 << 20  # bytes: of a longer log the end is kept
+
+# What each SCALE-Sim process runs, in a folder of its own. SCALE-Sim 1.0 and 2.0 build shell commands out of names, so
+# they are given only names of ours that need no quoting, relative to that folder.
+SCALESIM_PROCESS = """\
+import gc, inspect, os, runpy, shutil, sys, threading
+gc.disable()  # SCALE-Sim makes no cycles of objects: it needs as much memory without, and less time
+def follow_parent(here):
+    os.read(0, 1)  # nothing is ever written there: it returns when the parent is gone, killed or not
+    shutil.rmtree(here, ignore_errors=True)
+    os._exit(1)
+threading.Thread(target=follow_parent, args=[os.getcwd()], daemon=True).start()
+version, folder = sys.argv[1:]
+sys.path.insert(0, folder)
+if version == "1":
+    sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
+    runpy.run_path(os.path.join(folder, "scale.py"), run_name="__main__")
+else:
+    import scalesim  # from that folder and no other, which must not stand before Python's own for the rest
+    sys.path.remove(folder)
+    import numpy
+    vars(numpy).setdefault("int", int)  # 2.0, 2.0.1 and c28fd1b use this name, which numpy 1.24 took away
+    from scalesim.scale_sim import scalesim
+    wanted = dict(config="gemm.cfg", topology="gemm.csv", layout="layout.csv",
+                  save_disk_space=True, verbose=True, input_type_gemm=False)
+    known = inspect.signature(scalesim).parameters
+    scalesim(**{name: value for name, value in wanted.items() if name in known}).run_scale(top_path=".")
+    sys.stdout.flush()
+    os._exit(0)  # its reports are closed, and taking its matrices down one by one takes time
+"""
+
+
 class ScaleSim(NamedTuple):
     """A SCALE-Sim on this machine: its version, the folder to import it from, a hash of its code."""
 
@@ -571,9 +567,6 @@ def simulate(scalesim: ScaleSim, path: Path | None, config: str, gemm: Gemm) -> 
 
     Only values go in and come out, so this may run on another machine; there, too, the code must be that of `scalesim`.
     """
-    import subprocess
-    import tempfile
-
     try:
         here = find_scalesim(path)
     except UserError as error:
@@ -629,22 +622,21 @@ def reported_cycles(files: dict[str, str], version: int) -> int:
         rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(files.get(report, "")))]
     except csv.Error as error:
         raise ValueError(f"its {report} is no CSV: {error}") from None
-    rows = [row for row in rows if any(row)]
-    if not rows or column not in rows[0]:
+    header, *rows = [row for row in rows if any(row)] or [[]]
+    if column not in header:
         raise ValueError(f"its {report} has no column {column}")
-    whole = max(position for position, name in enumerate(rows[0]) if name) + 1  # both end lines with a comma, or not
-    if len(rows) != 2 or len(rows[1]) < whole:
+    whole = max(position for position, name in enumerate(header, 1) if name)  # both end lines with a comma, or not
+    if len(rows) != 1 or len(rows[0]) < whole:
         raise ValueError(f"its {report} has not one whole row of {whole} values")
-    text = rows[1][rows[0].index(column)]
+    text = rows[0][header.index(column)]
     cycles = whole_number(text.removesuffix(".0"))
     if cycles < 1:
         raise ValueError(f"its {report} says {column}: {shown(text)}, expected a whole number >= 1")
     return cycles
 
 
-def checked_cycles(simulation: Simulation, version: int, what: str, log: Path) -> int:
+def checked_cycles(problem: str, files: dict[str, str], version: int, what: str, log: Path) -> int:
     """Return a simulation's cycles, or raise the UserError that says why there are none."""
-    problem, files = simulation
     try:
         if not problem:
             return reported_cycles(files, version)
@@ -658,13 +650,14 @@ def checked_cycles(simulation: Simulation, version: int, what: str, log: Path) -
 
 
 # --- Each distinct GEMM once: remembered, and side by side
-class Cache:
-    """Finished simulations, a file for each: <cache_dir>/<hash of SCALE-Sim's code and the config>/<M>x<N>x<K>.json."""
+class Simulator:
+    """A SCALE-Sim and its config, with their finished simulations: <cache_dir>/<hash of both>/<M>x<N>x<K>.json."""
 
-    def __init__(self, cache_dir: Path | None, scalesim: ScaleSim, architecture: Architecture) -> None:
-        key = scalesim.digest + architecture.scalesim_text
-        self.folder = cache_dir / hashlib.sha256(key.encode()).hexdigest()[:32] if cache_dir else None
-        self.version = scalesim.version
+    def __init__(self, settings: Settings, architecture: Architecture) -> None:
+        self.scalesim = find_scalesim(settings.scalesim_path)
+        self.config = architecture.scalesim_text
+        digest = hashlib.sha256((self.scalesim.digest + self.config).encode()).hexdigest()
+        self.folder = settings.cache_dir / digest[:32] if settings.cache_dir else None
 
     def load(self, gemm: Gemm) -> tuple[int, dict[str, str]] | None:
         """Return a simulation's cycles, reports and log, or None where there are none that can be trusted."""
@@ -672,13 +665,11 @@ class Cache:
             return None
         try:
             files = json.loads((self.folder / f"{gemm}.json").read_bytes())
-            cycles = reported_cycles(files, self.version)
-            plain = all(
-                re.fullmatch(r"\w[\w.-]{0,99}", name) and (name + text).encode() for name, text in files.items()
-            )
+            if all(re.fullmatch(r"\w[\w.-]{0,99}", name) and (name + text).encode() for name, text in files.items()):
+                return reported_cycles(files, self.scalesim.version), files
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            return None
-        return (cycles, files) if plain else None
+            pass  # simulated again, and replaced
+        return None
 
     def store(self, gemm: Gemm, files: dict[str, str]) -> None:
         """Publish a finished simulation; where that can't be done, warn and remember no more."""
@@ -688,6 +679,27 @@ class Cache:
         except OSError as error:
             warn(f"can't remember finished simulations in {self.folder}: {error.strerror}; going on without")
             self.folder = None
+
+
+class Work(NamedTuple):
+    """What a GEMM takes: the layer and pass that first ask for it, its foretold cycles and bytes of memory."""
+
+    owner: str
+    cycles: int
+    memory: int
+
+
+def distinct_gemms(plan: Plan, architecture: Architecture, simulator: Simulator | None) -> dict[Gemm, Work]:
+    """Return each distinct GEMM of a plan, the longest first, so that none is left alone at the end."""
+    work: dict[Gemm, Work] = {}
+    on_disk = simulator and simulator.scalesim.version == 1  # where v1 keeps its traces
+    for layer, shares in plan:
+        for pass_name, gemm, _, _ in shares:
+            if gemm not in work:
+                memory = 60_000_000 if on_disk else foretold_memory(gemm, architecture)
+                owner = f"layer {layer.name}, {pass_name} pass"
+                work[gemm] = Work(owner, foretold_cycles(gemm, architecture), memory)
+    return dict(sorted(work.items(), key=lambda item: item[1].cycles, reverse=True))
 
 
 def foretold_memory(gemm: Gemm, architecture: Architecture) -> int:
@@ -721,19 +733,10 @@ def available_memory() -> int:
     return max(0, min(available))
 
 
-class Work(NamedTuple):
-    """A GEMM to simulate: the layer and pass that first ask for it, its foretold cycles and bytes of memory."""
-
-    owner: str
-    cycles: int
-    memory: int
-
-
 @contextmanager
 def local_pool(jobs: int) -> Iterator[Executor]:
     """Give an executor for simulations on this machine, whose end is the end of those that still run."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor  # only now: it takes 5 ms
 
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="simulation")
     try:
@@ -749,8 +752,6 @@ def local_pool(jobs: int) -> Iterator[Executor]:
 @contextmanager
 def dask_pool(address: str) -> Iterator[Executor]:
     """Give an executor for simulations on the Dask cluster at `address`; UserError when it is not there."""
-    import logging
-
     try:
         from distributed import Client
         from distributed.comm import get_address_host_port
@@ -776,8 +777,6 @@ def run_side_by_side(
     pool: Executor, task: Callable[[Gemm], Simulation], work: dict[Gemm, Work], settings: Settings, bar: tqdm[Any]
 ) -> Iterator[tuple[Gemm, Simulation]]:
     """Yield each GEMM with its simulation as it finishes; they begin in the order of `work`, as jobs, memory allow."""
-    from concurrent.futures import FIRST_COMPLETED, wait
-
     # A cluster's workers take one simulation a thread, on machines whose memory only they know.
     jobs, room = (len(work), math.inf) if settings.dask_scheduler else (settings.jobs, available_memory())
     waiting = list(work)
@@ -787,15 +786,15 @@ def run_side_by_side(
         fitting = (gemm for gemm in waiting if work[gemm].memory <= free)
         following = next(fitting, None if running else waiting[0])  # what never fits is tried last, alone
         if following and len(running) < jobs:
-            if work[following].memory > free:
-                needs, has = work[following].memory / 1e9, free / 1e9
+            owner, cycles, memory = work[following]
+            if memory > free:
                 warn(
-                    f"GEMM {following} ({work[following].owner}) needs about {needs:,.1f} GB of memory, {has:,.1f} GB "
+                    f"GEMM {following} ({owner}) needs about {memory / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB "
                     "is free: it may be killed; --cycle_model=analytical gives its stall-free cycles at once"
                 )
             waiting.remove(following)
             # Dask keeps no order among what is submitted at once, but the one that it is told, in 64 bits.
-            order = {"priority": min(work[following].cycles, 1 << 62)} if settings.dask_scheduler else {}
+            order = {"priority": min(cycles, 1 << 62)} if settings.dask_scheduler else {}
             running[pool.submit(task, following, **order)] = following
             continue
         longest = next(iter(running.values()))
@@ -813,47 +812,36 @@ def run_side_by_side(
             yield gemm, simulation
 
 
-def simulated_cycles(gemms: Gemms, settings: Settings, architecture: Architecture) -> tuple[dict[Gemm, int], int]:
+def simulated_cycles(work: dict[Gemm, Work], settings: Settings, simulator: Simulator) -> tuple[dict[Gemm, int], int]:
     """Return the cycles of each GEMM by SCALE-Sim, and for how many it was run.
 
     Raises UserError when SCALE-Sim fails, naming the GEMM, its layer, what SCALE-Sim said last and its log.
     """
-    scalesim = find_scalesim(settings.scalesim_path)
-    cache = Cache(settings.cache_dir, scalesim, architecture)
+    scalesim = simulator.scalesim
     cycles = {}
-    for gemm in gemms:
-        if found := cache.load(gemm):
+    for gemm in work:
+        if found := simulator.load(gemm):
             cycles[gemm], files = found
             write_files(settings.run_folder / f"gemm_{gemm}", files)
-    work = work_ahead(
-        {gemm: owner for gemm, owner in gemms.items() if gemm not in cycles}, architecture, scalesim.version
-    )
-    if not work:
+    new = {gemm: each for gemm, each in work.items() if gemm not in cycles}
+    if not new:
         return cycles, 0
-    task = partial(simulate, scalesim, settings.scalesim_path, architecture.scalesim_text)
+    task = partial(simulate, scalesim, settings.scalesim_path, simulator.config)
     pool = dask_pool(settings.dask_scheduler) if settings.dask_scheduler else local_pool(settings.jobs)
-    total = sum(each.cycles for each in work.values())
+    total = sum(each.cycles for each in new.values())
     try:
         with pool as executor, tqdm(total=total, unit="cycle", unit_scale=True, disable=None, leave=False) as bar:
-            for gemm, simulation in run_side_by_side(executor, task, work, settings, bar):
+            for gemm, (problem, files) in run_side_by_side(executor, task, new, settings, bar):
                 folder = settings.run_folder / f"gemm_{gemm}"
-                write_files(folder, simulation[1])
-                cycles[gemm] = checked_cycles(simulation, scalesim.version, f"{gemm} ({gemms[gemm]})", folder / LOG)
-                cache.store(gemm, simulation[1])
+                write_files(folder, files)
+                what = f"{gemm} ({new[gemm].owner})"
+                cycles[gemm] = checked_cycles(problem, files, scalesim.version, what, folder / LOG)
+                simulator.store(gemm, files)
     except Interrupted as stop:
-        where = f"kept in {cache.folder}" if cache.folder else "kept nowhere: there is no cache"
-        stop.kept = f"{len(cycles)} of {len(gemms)} GEMMs are finished, {where}"
+        where = f"kept in {simulator.folder}" if simulator.folder else "kept nowhere: there is no cache"
+        stop.kept = f"{len(cycles)} of {len(work)} GEMMs are finished, {where}"
         raise
-    return cycles, len(work)
-
-
-def work_ahead(gemms: Gemms, architecture: Architecture, version: int) -> dict[Gemm, Work]:
-    """Return the work that these GEMMs are, the longest first, so that none is left alone at the end."""
-    work = {}
-    for gemm, owner in gemms.items():
-        memory = foretold_memory(gemm, architecture) if version > 1 else V1_MEMORY
-        work[gemm] = Work(owner, foretold_cycles(gemm, architecture), memory)
-    return dict(sorted(work.items(), key=lambda item: item[1].cycles, reverse=True))
+    return cycles, len(new)
 
 
 # --- Compute times
@@ -933,7 +921,8 @@ def result_table(settings: Settings, plan: Plan, times: dict[Gemm, int], unit: s
         equal.setdefault(layer[2:], []).append((layer, shares))
     for (layer, shares), *others in equal.values():
         name = f"{len(others) + 1} × {layer.name} ... {others[-1][0].name}" if others else layer.name
-        mark = " *" if any(cut.size % cut.degree for cut in cuts(layer, settings)) else ""
+        dp, mp = degrees(layer, settings)
+        mark = " *" if layer.m % dp or layer.n % mp else ""
         labels = (name + mark, f"  {layer.strategy}" if settings.parallel == CUSTOMIZED else "", "")
         for label, (pass_name, gemm, collective, size) in zip(labels, shares):
             rows.append((label, pass_name, str(gemm), f"{times[gemm]:,}", collective, f"{size:,}"))
@@ -941,18 +930,17 @@ def result_table(settings: Settings, plan: Plan, times: dict[Gemm, int], unit: s
     totals = [("totals of a training step", "", "")]
     for name, total in zip([*PASSES.values(), "all passes"], [*compute, sum(compute)]):
         totals.append((f"compute, {name}", f"{total:,}", unit))
-    communicated: dict[str, list[int]] = {}
-    for share in (share for _, shares in plan for share in shares if share.collective != NO_COMM):
-        communicated.setdefault(share.collective, []).append(share.bytes)
-    for collective, sizes in communicated.items():
+    communicating = [share for _, shares in plan for share in shares if share.collective != NO_COMM]
+    for collective in dict.fromkeys(share.collective for share in communicating):
+        sizes = [share.bytes for share in communicating if share.collective == collective]
         totals.append((f"{len(sizes):,} × {collective}", f"{sum(sizes):,}", "bytes"))
     return [*aligned(rows, "<<>><>"), *aligned(totals, "<><")]
 
 
-def aligned(rows: Sequence[Sequence[str]], sides: str, width: int = 120) -> list[str]:
-    """Align columns to the left or right (< or >); the first is cut short where a line would pass `width`."""
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Align columns to the left or right (< or >); the first is cut short where a line would pass 120 characters."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(sides))]
-    widths[0] = max(16, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    widths[0] = max(16, min(widths[0], 120 - sum(widths[1:]) - 2 * len(widths[1:])))
     cut = ([f"{row[0][: widths[0] - 3]}..." if len(row[0]) > widths[0] else row[0], *row[1:]] for row in rows)
     return ["  ".join(f"{cell:{side}{size}}" for cell, side, size in zip(row, sides, widths)).rstrip() for row in cut]
 
@@ -964,40 +952,35 @@ def generate(settings: Settings) -> None:
     plan = [(layer, shard(layer, settings)) for layer in read_layers(settings.mnk, settings.parallel)]
     check_plan(plan, settings)
     architecture = read_architecture(settings.scalesim_config, settings.cycle_model)
-    gemms: Gemms = {}
-    for layer, shares in plan:
-        for share in shares:
-            gemms.setdefault(share.gemm, f"layer {layer.name}, {share.pass_name} pass")
+    simulator = Simulator(settings, architecture) if settings.cycle_model == "simulated" else None
+    work = distinct_gemms(plan, architecture, simulator)
     if settings.dry_run:
-        show(dry_run_report(settings, architecture, plan, gemms))
+        show(dry_run_report(settings, plan, work, simulator))
         return
     check_output(settings)
-    if settings.cycle_model == "analytical":
-        cycles = {gemm: foretold_cycles(gemm, architecture) for gemm in gemms}
-        made = "by SCALE-Sim's analytical runtime"
+    if simulator:
+        cycles, runs = simulated_cycles(work, settings, simulator)
+        made = f"{runs} simulated, {len(work) - runs} from the cache"
     else:
-        cycles, runs = simulated_cycles(gemms, settings, architecture)
-        made = f"{runs} simulated, {len(gemms) - runs} from the cache"
+        cycles = {gemm: each.cycles for gemm, each in work.items()}
+        made = "by SCALE-Sim's analytical runtime"
     write_files(settings.run_folder, run_files(settings, architecture, plan, cycles))
     times = compute_times(plan, cycles, settings)
     write_whole(settings.output_file, workload_text(settings, plan, times))
     seconds = time.monotonic() - started
-    last = f"wrote {settings.output_file}: {len(plan)} layers, {len(gemms)} distinct GEMMs ({made}), {seconds:.1f} s"
+    last = f"wrote {settings.output_file}: {len(plan)} layers, {len(work)} distinct GEMMs ({made}), {seconds:.1f} s"
     show([*result_table(settings, plan, times, settings.time_unit), last])
 
 
-def dry_run_report(settings: Settings, architecture: Architecture, plan: Plan, gemms: Gemms) -> list[str]:
+def dry_run_report(settings: Settings, plan: Plan, work: dict[Gemm, Work], simulator: Simulator | None) -> list[str]:
     """Return what --dry_run shows: the plan with foretold cycles, and what a run would cost."""
-    cycles = {gemm: foretold_cycles(gemm, architecture) for gemm in gemms}
+    cycles = {gemm: each.cycles for gemm, each in work.items()}
     lines = result_table(settings, plan, compute_times(plan, cycles, settings), f"foretold {settings.time_unit}")
-    lines.append(f"dry run: {len(plan)} layers, {len(gemms)} distinct GEMMs of {3 * len(plan)}, nothing written")
-    if settings.cycle_model == "simulated":
-        scalesim = find_scalesim(settings.scalesim_path)
-        cache = Cache(settings.cache_dir, scalesim, architecture)
-        uncached = {gemm: owner for gemm, owner in gemms.items() if not cache.load(gemm)}
-        work = list(work_ahead(uncached, architecture, scalesim.version).values())
-        total, most = sum(each.cycles for each in work), max((each.memory for each in work), default=0)
-        lines.append(f"{len(gemms) - len(work)} in the cache, {len(work)} to simulate: {total:,} foretold cycles")
+    lines.append(f"dry run: {len(plan)} layers, {len(work)} distinct GEMMs of {3 * len(plan)}, nothing written")
+    if simulator:
+        new = [each for gemm, each in work.items() if not simulator.load(gemm)]
+        total, most = sum(each.cycles for each in new), max((each.memory for each in new), default=0)
+        lines.append(f"{len(work) - len(new)} in the cache, {len(new)} to simulate: {total:,} foretold cycles")
         lines.append(f"largest simulation: {most / 1e9:,.1f} GB foretold, {available_memory() / 1e9:,.1f} GB free")
     return lines
 

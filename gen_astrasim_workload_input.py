@@ -13,6 +13,11 @@ mnk table -> layers -> per-NPU GEMMs, three a layer -> cycles, from SCALE-Sim ->
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` can say what was kept, Ctrl-C just ends it
+
 import configparser
 import csv
 import hashlib
@@ -23,7 +28,7 @@ import logging
 import math
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,14 +78,20 @@ class Interrupted(BaseException):
     kept = "no simulation was running"
 
 
+def say(kind: str, message: str) -> None:
+    """Print one line to stderr, above the progress bar where there is one; when nobody can read it, go on."""
+    with suppress(OSError):
+        tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+
+
 def warn(message: str) -> None:
-    """Print one warning line to stderr, above the progress bar where there is one."""
-    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+    """Print one warning line."""
+    say("warning", message)
 
 
 def fail(message: str) -> int:
     """Print the one error line; return the exit status."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say("error", message)
     return 1
 
 
@@ -103,15 +114,22 @@ def whole_number(text: str) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all; a pipe or a device is written to as it is."""
+    """Write a file so that it appears whole or not at all; a pipe, a device, a stream is written to as it is."""
     target = Path(os.path.realpath(path))  # a link stays a link
     part = target.with_name(f".{os.urandom(8).hex()}.part")
+    stream = re.fullmatch(r"/dev/(?:fd/(\d+)|stdout|stderr)", str(path))
     try:
-        if path.exists() and not path.is_file():
+        if stream:  # where it stands: opened by its name, a redirected one would begin anew
+            number = int(stream[1] or {"stdout": 1, "stderr": 2}[path.name])
+            with open(number, "w", encoding="utf-8", closefd=False) as file:
+                file.write(text)
+        elif path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
-            return
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, target)
+        else:
+            part.write_text(text, encoding="utf-8", newline="")
+            if target.exists():
+                shutil.copymode(target, part)
+            os.replace(part, target)
     except OSError as error:
         error.filename = path  # a full disk has none
         raise
@@ -605,7 +623,8 @@ def _collected(folder: Path, version: int, status: int, inputs: Iterable[str]) -
     """Read the reports and the log that a SCALE-Sim process left in its folder."""
     report, _ = REPORTS[version]
     found = sorted(folder.rglob(report))
-    reports = [file for file in found[0].parent.glob("*.csv") if file.name not in inputs] if found else []
+    written = found[0].parent.glob("*.csv") if found else ()
+    reports = [file for file in written if file.is_file() and file.name not in inputs]
     files = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in reports}
     with (folder / LOG).open("rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_LIMIT))
@@ -635,8 +654,8 @@ def reported_cycles(files: dict[str, str], version: int) -> int:
     return cycles
 
 
-def checked_cycles(problem: str, files: dict[str, str], version: int, what: str, log: Path) -> int:
-    """Return a simulation's cycles, or raise the UserError that says why there are none."""
+def checked_cycles(problem: str, files: dict[str, str], version: int, what: str, folder: Path) -> int:
+    """Return a simulation's cycles, or leave its log in `folder` and raise the UserError that says what is wrong."""
     try:
         if not problem:
             return reported_cycles(files, version)
@@ -646,7 +665,8 @@ def checked_cycles(problem: str, files: dict[str, str], version: int, what: str,
     if f"killed, {signal.strsignal(signal.SIGKILL)}" in problem or "MemoryError" in "".join(lines):
         problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
     said = "".join(c for c in " | ".join(lines) if c.isprintable()) or "nothing"
-    raise UserError(f"SCALE-Sim failed on GEMM {what}: {problem}; it last said: {said}; log: {log}")
+    write_files(folder, files)
+    raise UserError(f"SCALE-Sim failed on GEMM {what}: {problem}; it last said: {said}; log: {folder / LOG}")
 
 
 # --- Each distinct GEMM once: remembered, and side by side
@@ -753,13 +773,17 @@ def local_pool(jobs: int) -> Iterator[Executor]:
 def dask_pool(address: str) -> Iterator[Executor]:
     """Give an executor for simulations on the Dask cluster at `address`; UserError when it is not there."""
     try:
-        from distributed import Client
+        import dask
+        from distributed import Client, Security
         from distributed.comm import get_address_host_port
     except ImportError:
         raise UserError("--dask_scheduler needs Dask, expected: pip install 'dask[distributed]'") from None
     logging.disable()  # what goes wrong is said here, in one line
+    dask.config.set({"distributed.comm.timeouts.tcp": "20s"})  # when a network is gone
     try:
         get_address_host_port(address, strict=True)  # ValueError now, where the client would try for a while
+        if address.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
+            raise ValueError("Dask's configuration names no certificates")
         client = Client(address, timeout=20, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--dask_scheduler={address} can't be reached: {error}") from None
@@ -795,7 +819,10 @@ def run_side_by_side(
             waiting.remove(following)
             # Dask keeps no order among what is submitted at once, but the one that it is told, in 64 bits.
             order = {"priority": min(cycles, 1 << 62)} if settings.dask_scheduler else {}
-            running[pool.submit(task, following, **order)] = following
+            try:
+                running[pool.submit(task, following, **order)] = following
+            except RuntimeError as error:  # the limit of this user's processes
+                raise UserError(f"can't begin GEMM {following}: {error}; fewer --jobs may help") from None
             continue
         longest = next(iter(running.values()))
         bar.set_postfix_str(f"{longest}, {work[longest].owner}")
@@ -829,14 +856,14 @@ def simulated_cycles(work: dict[Gemm, Work], settings: Settings, simulator: Simu
     task = partial(simulate, scalesim, settings.scalesim_path, simulator.config)
     pool = dask_pool(settings.dask_scheduler) if settings.dask_scheduler else local_pool(settings.jobs)
     total = sum(each.cycles for each in new.values())
+    tqdm.monitor_interval = 0  # it is kept moving here
     try:
         with pool as executor, tqdm(total=total, unit="cycle", unit_scale=True, disable=None, leave=False) as bar:
             for gemm, (problem, files) in run_side_by_side(executor, task, new, settings, bar):
-                folder = settings.run_folder / f"gemm_{gemm}"
-                write_files(folder, files)
-                what = f"{gemm} ({new[gemm].owner})"
-                cycles[gemm] = checked_cycles(problem, files, scalesim.version, what, folder / LOG)
+                folder, what = settings.run_folder / f"gemm_{gemm}", f"{gemm} ({new[gemm].owner})"
+                cycles[gemm] = checked_cycles(problem, files, scalesim.version, what, folder)
                 simulator.store(gemm, files)
+                write_files(folder, files)
     except Interrupted as stop:
         where = f"kept in {simulator.folder}" if simulator.folder else "kept nowhere: there is no cache"
         stop.kept = f"{len(cycles)} of {len(work)} GEMMs are finished, {where}"
@@ -898,18 +925,21 @@ def run_files(settings: Settings, architecture: Architecture, plan: Plan, cycles
 
 
 def check_output(settings: Settings) -> None:
-    """Make the output file's folder, and refuse now what could not be written after hours of simulation."""
+    """Make the folders of the output file and the run, and refuse now what could not be written after hours."""
     path = settings.output_file
     if path.is_dir():
         raise UserError(f"--output_file={path} is a folder, expected a file")
     for given in (settings.mnk, settings.scalesim_config):
         if given and path.is_file() and path.samefile(given):
             raise UserError(f"--output_file={path} is what was given to read, expected another file")
+    folders = [settings.run_folder]
     if path.is_file() or not path.exists():
-        path = Path(os.path.realpath(path)).parent  # a link stays a link
-        path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise UserError(f"--output_file={settings.output_file} can't be written there: no permission")
+        folders.append(Path(os.path.realpath(path)).parent)  # a link stays a link
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for needed in (*folders, path):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise UserError(f"{needed} can't be written: no permission")
 
 
 # --- What the user sees
@@ -999,8 +1029,9 @@ def main(_: Sequence[str]) -> int:
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Interrupted as stop:
-        print(f"interrupted: {stop.kept}", file=sys.stderr)
-        return 128 + int(stop.args[0])
+        say("interrupted", stop.kept)
+        signal.signal(stop.args[0], signal.SIG_DFL)
+        signal.raise_signal(stop.args[0])  # a shell's loop goes on after a mere status of 130
     return 0
 
 
@@ -1013,13 +1044,13 @@ def interrupt(number: int, _: object) -> None:
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse the command line for absl: --help goes to stdout, a mistake is one error line."""
-    if {"--help", "-help", "-h"} & set(argv):
-        own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
-        show([__doc__ or "", *(f"  --{flag.name}={flag.default or ''}\n      {flag.help}" for flag in own)])
-        sys.exit(0)
     try:
+        if {"--help", "-help", "-h"} & set(argv):
+            own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
+            show([__doc__ or "", *(f"  --{flag.name}={flag.default or ''}\n      {flag.help}" for flag in own)])
+            sys.exit(0)
         rest: list[str] = flags.FLAGS(list(argv))
-    except flags.Error as error:
+    except (flags.Error, OSError, ValueError) as error:  # the latter two from absl's own --flagfile and the like
         sys.exit(fail(str(error)))
     if len(rest) > 1:
         sys.exit(fail(f"unexpected argument {shown(rest[1])}, expected only flags, as --name=value"))

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,12 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def to_itself() -> None:
+    """Begin a process group, whose members a Ctrl-C reaches together."""
+    heed_ctrl_c()
+    os.setpgrp()
+
+
 def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), *flags]
     return subprocess.Popen(
@@ -191,12 +198,27 @@ def test_interrupted(sent: signal.Signals, tmp_path: Path, base: list[str]) -> N
     running.send_signal(sent)
     _, said = running.communicate()
     assert time.monotonic() - began < 10, "simulations of ten minutes were waited for"
-    assert running.returncode == 128 + sent
+    assert running.returncode == -sent, "a shell's loop would go on"
     assert processes(fake) == []
     kept = len(entries(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache").iterdir()
     assert said == f"interrupted: {kept} of 12 GEMMs are finished, kept in {folder}\n"
     assert (tmp_path / "workload.txt").read_text() == "mine"
+
+
+def test_ctrl_c_ends_a_shells_loop(tmp_path: Path, base: list[str]) -> None:
+    """Bash goes on with its loop after a mere status of 130: it looks for a death by the signal, as from a terminal."""
+    fake = fake_v2(tmp_path / "slow", SLOW.format(seconds="0.1 if n < 9 else 600"))
+    loop = 'for i in 1 2 3; do "$@"; echo "point $i: $?"; done'
+    command = ["bash", "-c", loop, "bash", sys.executable, str(SCRIPT), *base, f"--scalesim_path={fake}", "--jobs=3"]
+    pipe = subprocess.PIPE
+    running = subprocess.Popen(command, cwd=tmp_path, preexec_fn=to_itself, stdout=pipe, stderr=pipe, text=True)
+    wait_for(2, tmp_path / "cache", fake)
+    os.killpg(running.pid, signal.SIGINT)
+    out, said = running.communicate()
+    assert (running.returncode, out) == (-signal.SIGINT, "")
+    assert said.startswith("interrupted: ")
+    assert gone(fake)
 
 
 def test_a_failure_ends_the_others_at_once(tmp_path: Path, base: list[str]) -> None:
@@ -283,6 +305,17 @@ def test_no_more_begins_than_fits_in_memory(tmp_path: Path, monkeypatch: pytest.
     assert pool.began[-1].k == 1, "what never fits is tried last, and alone"
     assert most[-1] == 500
     assert max(most[:-1]) <= 100
+
+
+def test_at_the_limit_of_ones_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no new thread")))
+    work = {tool.Gemm(1, 2, 3): tool.Work("layer x, forward pass", 9, 9)}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(total=9, disable=True) as bar,
+        pytest.raises(tool.UserError, match=r"^can't begin GEMM 1x2x3: no new thread; fewer --jobs may help$"),
+    ):
+        next(tool.run_side_by_side(pool, lambda _: ("", {}), work, settings(tmp_path), bar))
 
 
 def test_one_that_will_not_fit_is_warned_of_before(tmp_path: Path, base: list[str]) -> None:

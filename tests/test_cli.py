@@ -59,6 +59,8 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
         (["--output_file=."], " is a folder, expected a file"),
         (["--output_file=workload.txt/x"], "/workload.txt is a file, expected a folder"),
         (["--output_file=" + "x" * 300], ": File name too long"),
+        (["--stderrthreshold=x"], "--stderrthreshold must be one of"),
+        ([f"--flagfile={sys.executable}"], "codec can't decode"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(flags: list[str], message: str, tmp_path: Path) -> None:
@@ -93,7 +95,13 @@ def test_the_output_keeps_to_the_umask_and_to_links(tmp_path: Path) -> None:
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real.txt").read_text().startswith("DATA\n7\n")
     (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "real.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    (tmp_path / "shared.txt").touch(0o664)
+    (tmp_path / "shared.txt").chmod(0o664)
+    assert run(tmp_path, FAST, "--output_file=new.txt").status == 0
+    assert run(tmp_path, FAST, "--output_file=shared.txt").status == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.txt")}
+    umask = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert modes == {"link.txt": umask, "real.txt": umask, "new.txt": umask, "shared.txt": 0o664}
 
 
 def test_pipes_in_and_out(tmp_path: Path) -> None:
@@ -110,6 +118,30 @@ def test_pipes_in_and_out(tmp_path: Path) -> None:
     assert run(tmp_path, FAST, "--mnk=pipe.csv").status == 0
     writer.join()
     assert (tmp_path / "outputs/DATA/pipe/scalesim.cfg").is_file()
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+def test_a_redirected_stream_goes_on_where_it_stands(name: str, tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text("mine\n")
+    for _ in range(2):
+        with (tmp_path / "all.txt").open("a") as stream:
+            command = [sys.executable, str(SCRIPT), FAST, f"--output_file={name}"]
+            subprocess.run(command, cwd=tmp_path, stdout=stream, check=True)
+    text = (tmp_path / "all.txt").read_text()
+    assert text.startswith("mine\nDATA\n7\nMLP_Bottom_0\t-1\t")
+    assert [text.count(part) for part in ("DATA\n7\n", "\nlayer (* uneven)", "\nwrote ")] == [2, 2, 2]
+
+
+def test_warnings_that_nobody_reads_end_nothing(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, str(SCRIPT), FAST, "--num_npus=3"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=full, text=True)
+        failed = subprocess.run([*command, "--mnk=missing.csv"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=full)
+    assert (done.returncode, failed.returncode) == (0, 1)
+    assert "\nwrote " in done.stdout
+    with Path("/dev/full").open("w") as full:
+        helped = subprocess.run([*command, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (helped.returncode, helped.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
 def test_whoever_stops_reading_the_table_has_the_file(tmp_path: Path) -> None:
@@ -156,16 +188,16 @@ def test_a_device_that_is_full(tmp_path: Path) -> None:
 BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
 
 
-@pytest.mark.parametrize("what", ["output", "run folder", "cache"])
+@pytest.mark.parametrize("what", ["output", "output/w.txt", "run folder", "outputs/DATA/t", "cache"])
 def test_a_folder_that_is_not_to_be_written(what: str, tmp_path: Path) -> None:
-    for name in ("output", "cache"):
-        (tmp_path / name).mkdir()
+    for name in ("output", "cache", *(["outputs/DATA/t"] if what == "outputs/DATA/t" else [])):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "output" / "w.txt").write_text("mine")
     fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
     table = write_table(tmp_path / "t.csv", "a,64,8,8")
     flags = [f"--mnk={table}", f"--scalesim_path={fake}", "--output_file=output/w.txt", f"--cache_dir={tmp_path}/cache"]
     closed = tmp_path if what == "run folder" else tmp_path / what
-    closed.chmod(0o555)
+    closed.chmod(0o444 if closed.is_file() else 0o555)
     try:
         command = [*BOUND, sys.executable, str(SCRIPT), *flags]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -177,9 +209,9 @@ def test_a_folder_that_is_not_to_be_written(what: str, tmp_path: Path) -> None:
         assert "Permission denied; going on without" in done.stderr
         return
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
-    where = "output/w.txt can't be written there: no permission" if what == "output" else "outputs: Permission denied"
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith(f"{where}\n")
+    where = "outputs: Permission denied" if what == "run folder" else f"{what} can't be written: no permission"
+    assert done.stderr == f"error: {tmp_path}/{where}\n"
+    assert list((tmp_path / "cache").iterdir()) == [], "noticed before anything was simulated"
     assert (tmp_path / "output" / "w.txt").read_text() == "mine"
 
 

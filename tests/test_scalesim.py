@@ -184,6 +184,13 @@ def test_a_chatty_scalesim_costs_a_megabyte_at_most(tmp_path: Path) -> None:
     assert max(sizes) == tool.LOG_LIMIT
 
 
+def test_only_files_are_collected(tmp_path: Path) -> None:
+    """A named pipe among the reports would be waited at for ever."""
+    fake = fake_v2(tmp_path / "fake", f"{GOOD_REPORT}\nos.mkfifo(top_path + '/gemm/PIPE.csv')")
+    table = write_table(tmp_path / "t.csv", "a,8,4,4")
+    assert run(tmp_path, f"--scalesim_path={fake}", f"--mnk={table}").status == 0
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
 def test_a_scalesim_folder_that_is_none(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "there"

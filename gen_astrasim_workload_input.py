@@ -41,8 +41,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
-from tqdm import tqdm
+try:
+    from absl import app, flags
+    from tqdm import tqdm
+except ImportError as missing:
+    sys.exit(f"error: no {missing.name} in {sys.executable}, expected one with: pip install -r requirements.txt")
 
 # --- Constants
 PASSES = {"fwd_pass": "forward", "inp_grad": "input gradient", "weight_grad": "weight gradient"}
@@ -159,14 +162,14 @@ flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder, v1, v2 or v3; else
 flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config file; else a 256 x 256 weight-stationary array.")
 flags.DEFINE_enum("cycle_model", "simulated", MODELS, "Run SCALE-Sim, or take its analytical runtime (no stalls).")
 flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; else the CPUs, as memory allows.", lower_bound=1)
-flags.DEFINE_string("cache_dir", None, "Finished simulations; else ~/.cache/gen_astrasim_workload_input; empty: off.")
+flags.DEFINE_string("cache_dir", None, "Folder of finished simulations; else one in the user's cache; empty: none.")
 flags.DEFINE_enum("shard_rounding", "up", ROUNDINGS, "How a size that does not divide is cut: up is the slowest NPU.")
 flags.DEFINE_integer(
     "update_time", 100, "Cycles that ASTRA-sim adds when a pass's collective has finished.", lower_bound=0
 )
 flags.DEFINE_enum("time_unit", "cycles", UNITS, "What compute times are written in: cycles, ns, us (ASTRA-sim 2.x).")
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock in MHz, for --time_unit=ns and us.", lower_bound=1e-9)
-flags.DEFINE_bool("dry_run", False, "Print the plan; simulate nothing, write nothing.")
+flags.DEFINE_bool("dry_run", False, "Print the plan and what is in the cache; simulate nothing, write nothing.")
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate on its cluster.")
 
 
@@ -1047,7 +1050,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         if {"--help", "-help", "-h"} & set(argv):
             own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
-            show([__doc__ or "", *(f"  --{flag.name}={flag.default or ''}\n      {flag.help}" for flag in own)])
+            defaults = {flag.name: "" if flag.default in (None, "") else f"={flag.default}" for flag in own}
+            show([__doc__ or "", *(f"  --{flag.name}{defaults[flag.name]}\n      {flag.help}" for flag in own)])
             sys.exit(0)
         rest: list[str] = flags.FLAGS(list(argv))
     except (flags.Error, OSError, ValueError) as error:  # the latter two from absl's own --flagfile and the like

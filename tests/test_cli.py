@@ -75,10 +75,21 @@ def test_bad_input_is_one_line_and_status_1(flags: list[str], message: str, tmp_
 def test_help_lists_the_flags_in_order_on_stdout(tmp_path: Path) -> None:
     result = run(tmp_path, "--help")
     assert (result.status, result.err) == (0, "")
-    listed = re.findall(r"^  --(\w+)=", result.out, re.MULTILINE)
+    listed = re.findall(r"^  --(\w+)", result.out, re.MULTILINE)
+    assert re.findall(r"^  --(?:jobs|num_npus|dry_run).*", result.out, re.MULTILINE) == [
+        "  --num_npus=8",
+        "  --jobs",
+        "  --dry_run=False",
+    ]
     assert listed[:6] == ["mnk", "parallel", "num_npus", "num_npu", "num_packages", "datatype_size"]
     assert set(listed) == {*tool.Settings._fields, "num_npu"}
     assert max(map(len, result.out.splitlines())) <= 120
+
+
+def test_a_python_without_the_packages(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", str(SCRIPT), "--help"], capture_output=True, text=True)
+    expected = f"error: no absl in {sys.executable}, expected one with: pip install -r requirements.txt\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
 def test_flags_may_be_lower_case_and_the_alias_works(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Interrupted(BaseException):
 
 def say(kind: str, message: str) -> None:
     """Print one line to stderr, above the progress bar where there is one; when nobody can read it, go on."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
@@ -116,15 +116,20 @@ def whole_number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 30 else -1
 
 
+def stream_number(path: Path) -> int | None:
+    """Return the number of the open stream that a path names, as /dev/stdout does."""
+    named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,6})", str(path))
+    return int(named[1]) if named else {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it appears whole or not at all; a pipe, a device, a stream is written to as it is."""
     target = Path(os.path.realpath(path))  # a link stays a link
     part = target.with_name(f".{os.urandom(8).hex()}.part")
-    stream = re.fullmatch(r"/dev/(?:fd/(\d+)|stdout|stderr)", str(path))
+    stream = stream_number(path)
     try:
-        if stream:  # where it stands: opened by its name, a redirected one would begin anew
-            number = int(stream[1] or {"stdout": 1, "stderr": 2}[path.name])
-            with open(number, "w", encoding="utf-8", closefd=False) as file:
+        if stream is not None:  # where it stands: opened by its name, a redirected one would begin anew
+            with open(stream, "w", encoding="utf-8", closefd=False) as file:
                 file.write(text)
         elif path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
@@ -137,7 +142,8 @@ def write_whole(path: Path, text: str) -> None:
         error.filename = path  # a full disk has none
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:
@@ -194,11 +200,13 @@ class Settings(NamedTuple):
     clock_mhz: float | None
     dry_run: bool
     dask_scheduler: str
+    current_folder: Path
 
     @classmethod
     def from_flags(cls) -> Settings:
         """Read the parsed flags; UserError where one has no meaning, or two do not go together."""
-        values: dict[str, Any] = {name: flags.FLAGS[name].value for name in cls._fields}
+        values: dict[str, Any] = {name: flags.FLAGS[name].value for name in cls._fields if name in flags.FLAGS}
+        values["current_folder"] = current_folder()
         cpus = os.cpu_count() if sys.platform == "darwin" else len(os.sched_getaffinity(0))
         values["jobs"] = values["jobs"] or cpus
         if values["cache_dir"] is None:
@@ -225,7 +233,15 @@ class Settings(NamedTuple):
     @property
     def run_folder(self) -> Path:
         """The folder that holds what was generated for this run."""
-        return Path.cwd() / "outputs" / self.parallel / self.run_name
+        return self.current_folder / "outputs" / self.parallel / self.run_name
+
+
+def current_folder() -> Path:
+    """Return the folder that relative paths begin at; UserError where it was taken away."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder is gone, expected one that is there") from None
 
 
 def default_cache_dir() -> Path | None:
@@ -520,7 +536,8 @@ import gc, inspect, os, runpy, shutil, sys, threading
 gc.disable()  # SCALE-Sim makes no cycles of objects: it needs as much memory without, and less time
 def follow_parent(here):
     os.read(0, 1)  # nothing is ever written there: it returns when the parent is gone, killed or not
-    shutil.rmtree(here, ignore_errors=True)
+    for _ in range(9):  # SCALE-Sim goes on writing there meanwhile
+        shutil.rmtree(here, ignore_errors=True)
     os._exit(1)
 threading.Thread(target=follow_parent, args=[os.getcwd()], daemon=True).start()
 version, folder = sys.argv[1:]
@@ -597,6 +614,8 @@ def simulate(scalesim: ScaleSim, path: Path | None, config: str, gemm: Gemm) -> 
     command = [sys.executable, "-B", "-c", SCALESIM_PROCESS, str(here.version), here.folder]
     # SCALE-Sim multiplies no matrices: a pool of threads in each process would only be in the others' way.
     threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    search = [str(Path(each).absolute()) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    own = {**threads, "PYTHONPATH": os.pathsep.join(search), "PYTHONUTF8": "1"}
     inputs = {
         "gemm.cfg": config,
         "gemm.csv": TOPOLOGY_HEADER + topology_row("gemm", gemm),
@@ -609,7 +628,7 @@ def simulate(scalesim: ScaleSim, path: Path | None, config: str, gemm: Gemm) -> 
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**os.environ, **threads, "PYTHONUTF8": "1"},
+                env={**os.environ, **own},
                 stdin=subprocess.PIPE,  # closes when we end, however we end, and the process ends with us
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -775,6 +794,8 @@ def local_pool(jobs: int) -> Iterator[Executor]:
 @contextmanager
 def dask_pool(address: str) -> Iterator[Executor]:
     """Give an executor for simulations on the Dask cluster at `address`; UserError when it is not there."""
+    import socket
+
     try:
         import dask
         from distributed import Client, Security
@@ -784,9 +805,14 @@ def dask_pool(address: str) -> Iterator[Executor]:
     logging.disable()  # what goes wrong is said here, in one line
     dask.config.set({"distributed.comm.timeouts.tcp": "20s"})  # when a network is gone
     try:
-        get_address_host_port(address, strict=True)  # ValueError now, where the client would try for a while
+        host_and_port = get_address_host_port(address, strict=True)  # ValueError now, where the client would go on
         if address.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
             raise ValueError("Dask's configuration names no certificates")
+        if address.startswith("tcp:") or "://" not in address:
+            # The client waits for ever for the first message of what may be a dashboard: its length, in 8 bytes.
+            with socket.create_connection(host_and_port, timeout=20) as peek:
+                if not 0 < int.from_bytes(peek.recv(8), "little") < 1 << 20:
+                    raise ValueError("what listens there is no Dask scheduler")
         client = Client(address, timeout=20, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--dask_scheduler={address} can't be reached: {error}") from None
@@ -929,20 +955,25 @@ def run_files(settings: Settings, architecture: Architecture, plan: Plan, cycles
 
 def check_output(settings: Settings) -> None:
     """Make the folders of the output file and the run, and refuse now what could not be written after hours."""
-    path = settings.output_file
+    path, stream = settings.output_file, stream_number(settings.output_file)
+    folders = [settings.run_folder]
+    if stream is None and (path.is_file() or not path.exists()):
+        folders.append(Path(os.path.realpath(path)).parent)  # a link stays a link
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise UserError(f"--output_file={path} is a folder, expected a file")
     for given in (settings.mnk, settings.scalesim_config):
         if given and path.is_file() and path.samefile(given):
             raise UserError(f"--output_file={path} is what was given to read, expected another file")
-    folders = [settings.run_folder]
-    if path.is_file() or not path.exists():
-        folders.append(Path(os.path.realpath(path)).parent)  # a link stays a link
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    for needed in (*folders, path):
+    for needed in folders if stream is not None else (*folders, path):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
+    if stream is not None:
+        try:
+            os.write(stream, b"")
+        except OSError as error:
+            raise UserError(f"--output_file={path}: {error.strerror}, expected a stream open to write") from None
 
 
 # --- What the user sees
@@ -1035,6 +1066,7 @@ def main(_: Sequence[str]) -> int:
         say("interrupted", stop.kept)
         signal.signal(stop.args[0], signal.SIG_DFL)
         signal.raise_signal(stop.args[0])  # a shell's loop goes on after a mere status of 130
+        return 128 + int(stop.args[0])  # as process 1 of a container, which does not die of its own signal
     return 0
 
 

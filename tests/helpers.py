@@ -61,6 +61,7 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "clock_mhz": None,
         "dry_run": False,
         "dask_scheduler": "",
+        "current_folder": folder,
     }
     return tool.Settings(**{**values, **changes})
 

@@ -57,6 +57,9 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
         (["--mnk=."], ": Is a directory"),
         (["--scalesim_config=missing.cfg"], "/missing.cfg: No such file or directory"),
         (["--output_file=."], " is a folder, expected a file"),
+        (["--output_file=outputs/DATA"], "outputs/DATA is a folder, expected a file"),
+        (["--output_file=/dev/fd/99"], "--output_file=/dev/fd/99: Bad file descriptor, expected a stream open"),
+        (["--output_file=/dev/fd/99999999999999999999"], "/dev/fd/"),
         (["--output_file=workload.txt/x"], "/workload.txt is a file, expected a folder"),
         (["--output_file=" + "x" * 300], ": File name too long"),
         (["--stderrthreshold=x"], "--stderrthreshold must be one of"),
@@ -82,8 +85,16 @@ def test_help_lists_the_flags_in_order_on_stdout(tmp_path: Path) -> None:
         "  --dry_run=False",
     ]
     assert listed[:6] == ["mnk", "parallel", "num_npus", "num_npu", "num_packages", "datatype_size"]
-    assert set(listed) == {*tool.Settings._fields, "num_npu"}
+    assert set(listed) == {*tool.Settings._fields, "num_npu"} - {"current_folder"}
     assert max(map(len, result.out.splitlines())) <= 120
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    command = ["bash", "-c", 'rmdir "$PWD" && exec "$@"', "bash", sys.executable, str(SCRIPT), FAST]
+    done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True)
+    expected = "error: the current folder is gone, expected one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
 def test_a_python_without_the_packages(tmp_path: Path) -> None:
@@ -131,7 +142,7 @@ def test_pipes_in_and_out(tmp_path: Path) -> None:
     assert (tmp_path / "outputs/DATA/pipe/scalesim.cfg").is_file()
 
 
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_a_redirected_stream_goes_on_where_it_stands(name: str, tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("mine\n")
     for _ in range(2):

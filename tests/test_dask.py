@@ -162,6 +162,18 @@ def test_no_scheduler_there(address: str, tmp_path: Path, base: list[str]) -> No
     assert result.err.startswith(f"error: --dask_scheduler={address} can't be reached: ")
 
 
+def test_something_else_listens_there(tmp_path: Path, base: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        running = start(tmp_path, *base, f"--dask_scheduler={address}")
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        _, said = running.communicate()
+    expected = f"error: --dask_scheduler={address} can't be reached: what listens there is no Dask scheduler\n"
+    assert (running.returncode, said) == (1, expected)
+
+
 def test_a_local_mishap_is_not_blamed_on_the_cluster(tmp_path: Path, base: list[str]) -> None:
     running_there = tmp_path / "outputs/DATA/t"
     running_there.mkdir(parents=True)

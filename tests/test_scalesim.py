@@ -206,7 +206,9 @@ def test_a_scalesim_folder_that_is_none(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("found_by", ["beside the script", "relative PYTHONPATH"])
 def test_what_runs_is_what_was_found(found_by: str, tmp_path: Path) -> None:
     """A package scalesim that only this script's path leads to is the one that runs, under its own cache key."""
-    fake = fake_v2(tmp_path / "here", GOOD_REPORT)
+    needs = "import needed\n" if found_by == "relative PYTHONPATH" else ""
+    fake = fake_v2(tmp_path / "here", needs + GOOD_REPORT)
+    (fake / "needed.py").write_text("")
     script = tmp_path / "here" / "script.py"
     script.write_text(SCRIPT.read_text())
     table = write_table(tmp_path / "t.csv", "a,8,4,4")

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -180,7 +181,7 @@ flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simul
 
 
 class Settings(NamedTuple):
-    """The flags, by their names, checked; nothing below `main` reads a flag."""
+    """The flags, by their names, checked, and where relative paths begin; nothing below `main` reads a flag."""
 
     mnk: Path
     parallel: str
@@ -794,8 +795,6 @@ def local_pool(jobs: int) -> Iterator[Executor]:
 @contextmanager
 def dask_pool(address: str) -> Iterator[Executor]:
     """Give an executor for simulations on the Dask cluster at `address`; UserError when it is not there."""
-    import socket
-
     try:
         import dask
         from distributed import Client, Security

@@ -3,13 +3,14 @@
     python tests/benchmark.py                 the example and the sweep: about a quarter of an hour on 2 cores
     python tests/benchmark.py --example_only
 
-"The original's way" is a SCALE-Sim process per layer and pass, one after another, with traces. Of each distinct GEMM it
-is measured once and counted as often as it occurs. The limit is the distinct GEMMs' own time without traces, each
-process alone, added up and divided by the jobs.
+"The original's way" is what the original tool ran: SCALE-Sim's own scale.py, once for each pass, on a topology of all
+layers. The limit is the distinct GEMMs' own time, each process alone, added up and divided by the jobs.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,32 +26,62 @@ import gen_astrasim_workload_input as tool
 import helpers
 
 EXAMPLE_ONLY = flags.DEFINE_bool("example_only", False, "Leave the sweep out.")
-TRACED = tool.SCALESIM_PROCESS.replace("save_disk_space=True", "save_disk_space=False")
 
 Point = tuple[int, int, str]  # NPUs, packages, strategy
 EXAMPLE: list[Point] = [(16, 2, "DATA")]
 SWEEP: list[Point] = [(n, min(n, 2), strategy) for n in (1, 2, 4, 8, 16, 32, 64) for strategy in helpers.PLAIN]
 
 
+def plan_of(point: Point) -> tool.Plan:
+    """Return the plan of the example at a point."""
+    npus, packages, strategy = point
+    chosen = helpers.settings(Path("/"), num_npus=npus, num_packages=packages, parallel=strategy)
+    return [(layer, helpers.shards_of(layer, chosen)) for layer in tool.read_layers(chosen.mnk, strategy)]
+
+
 def gemms_of(points: list[Point]) -> Counter[tool.Gemm]:
     """Return how often each distinct GEMM occurs over all layers and passes of these points."""
-    count: Counter[tool.Gemm] = Counter()
-    for npus, packages, strategy in points:
-        chosen = helpers.settings(Path("/"), num_npus=npus, num_packages=packages, parallel=strategy)
-        layers = tool.read_layers(chosen.mnk, strategy)
-        count.update(share.gemm for layer in layers for share in tool.shard(layer, chosen))
-    return count
+    return Counter(shard.gemm for point in points for _, shards in plan_of(point) for shard in shards)
 
 
-def alone(gemm: tool.Gemm, process: str) -> float:
-    """Return the seconds that one simulation takes by itself."""
-    tool.SCALESIM_PROCESS = process
+def scalesim() -> tool.ScaleSim:
+    """Return the SCALE-Sim to measure."""
     path = Path(flags.FLAGS.scalesim_path).absolute() if flags.FLAGS.scalesim_path else None
-    scalesim = tool.find_scalesim(path)
+    return tool.find_scalesim(path, tool.read_architecture(None).scalesim_text)
+
+
+def original(points: list[Point], folder: Path) -> float:
+    """Return the seconds of SCALE-Sim's own command line, as the original ran it for each pass of each point."""
+    found = scalesim()
+    (folder / "gemm.cfg").write_text(found.config)
+    seconds = 0.0
+    for point in points:
+        plan = plan_of(point)
+        layouts = "".join(f"{layer.name},{'1,' * 20}\n" for layer, _ in plan)
+        (folder / "layout.csv").write_text(f"{'-,' * 21}\n{layouts}")
+        for name, text in tool.topologies(plan, "original").items():
+            (folder / name).write_text(text)
+            command = [sys.executable, f"{found.folder}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
+            command += ["-t", f"{folder}/{name}", "-p", f"{folder}/out"]
+            command += ["-l", f"{folder}/layout.csv"] if found.version == 3 else []
+            began = time.perf_counter()
+            subprocess.run(
+                command, cwd=folder, env={**os.environ, "PYTHONPATH": found.folder}, check=True, capture_output=True
+            )
+            seconds += time.perf_counter() - began
+            (report,) = (folder / "out").rglob("COMPUTE_REPORT.csv")
+            assert report.read_text().count("\n") == len(plan) + 1
+            shutil.rmtree(folder / "out")
+    return seconds
+
+
+def alone(gemm: tool.Gemm) -> float:
+    """Return the seconds that one simulation takes by itself."""
+    found = scalesim()
     began = time.perf_counter()
-    problem, files = tool.simulate(scalesim, path, tool.read_architecture(None).scalesim_text, gemm)
+    simulation = tool.simulate(found, gemm)
     seconds = time.perf_counter() - began
-    assert not problem, (problem, files)
+    assert tool.reported_cycles(simulation.files, found.version)
     return seconds
 
 
@@ -84,21 +115,19 @@ def bare_start() -> float:
 
 def measure(name: str, points: list[Point]) -> str:
     """Return a row of the table."""
-    plain, jobs = tool.SCALESIM_PROCESS, 2
-    count = gemms_of(points)
-    original = sum(alone(gemm, TRACED) * times for gemm, times in count.items())
-    limit = sum(alone(gemm, plain) for gemm in count) / jobs
-    tool.SCALESIM_PROCESS = plain
+    jobs, count = 2, gemms_of(points)
     with tempfile.TemporaryDirectory() as folder:
+        before = original(points, Path(folder))
+        limit = sum(map(alone, count)) / jobs
         cold, cold_peak = run_all(points, Path(folder), f"--jobs={jobs}")
         warm, _ = run_all(points, Path(folder))
         analytical, _ = run_all(points, Path(folder), "--cycle_model=analytical")
     start = bare_start() * len(points)
-    cells = [f"{count.total()} / {len(count)}", f"{original:.1f} s", f"{original / cold:.1f} x", f"{cold / limit:.2f}"]
+    cells = [f"{count.total()} / {len(count)}", f"{before:.1f} s", f"{before / cold:.1f} x", f"{cold / limit:.2f}"]
     cells += [
-        f"{original / warm:,.0f} x",
+        f"{before / warm:,.0f} x",
         f"{warm / start:.1f}",
-        f"{original / analytical:,.0f} x",
+        f"{before / analytical:,.0f} x",
         f"{cold_peak:.0f} MB",
     ]
     return f"| {name} | {' | '.join(cells)} |"

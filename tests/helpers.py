@@ -40,6 +40,12 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
     return Run(done.returncode, done.stdout, done.stderr)
 
 
+def shards_of(layer: tool.Layer, chosen: tool.Settings) -> list[tool.PassShard]:
+    """Partition a layer by these settings."""
+    network = (chosen.num_npus // chosen.num_packages, chosen.num_packages)
+    return tool.shard(layer, network, chosen.datatype_size, chosen.shard_rounding)
+
+
 def settings(folder: Path, **changes: Any) -> tool.Settings:
     """Return settings as the flags' defaults give them, but analytical, without a cache, and in `folder`."""
     values: dict[str, Any] = {
@@ -49,7 +55,7 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "num_packages": 2,
         "datatype_size": 2,
         "output_file": folder / "workload.txt",
-        "run_name": "run",
+        "run_folder": folder / "outputs" / "run",
         "scalesim_path": None,
         "scalesim_config": None,
         "cycle_model": "analytical",
@@ -61,7 +67,6 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "clock_mhz": None,
         "dry_run": False,
         "dask_scheduler": "",
-        "current_folder": folder,
     }
     return tool.Settings(**{**values, **changes})
 

@@ -37,18 +37,18 @@ def architecture(folder: Path, array: tuple[int, int], dataflow: str, mode: str)
 def test_equal_to_scalesim(mode: str, version: str, release: Callable[[str], Path]) -> None:
     """Total Cycles under CALC, Total Cycles less Stall Cycles under USER, whatever the shape, array and dataflow."""
     path = None if version == "installed" else release(version)
-    scalesim = tool.find_scalesim(path)
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.builds(tool.Gemm, SIZES, SIZES, SIZES), ARRAYS, st.sampled_from(["os", "ws", "is"]))
     def check(gemm: tool.Gemm, array: tuple[int, int], dataflow: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             chosen = architecture(Path(folder), array, dataflow, mode)
-        problem, files = tool.simulate(scalesim, path, chosen.scalesim_text, gemm)
-        assert not problem, files
+        scalesim = tool.find_scalesim(path, chosen.scalesim_text)
+        status, files = tool.simulate(scalesim, gemm)
+        assert status == 0, files
         header, row, *_ = csv.reader(io.StringIO(files["COMPUTE_REPORT.csv"]), skipinitialspace=True)
         stalls = int(float(row[header.index("Stall Cycles")])) if mode == "USER" else 0
-        assert tool.reported_cycles(files, scalesim.version) - stalls == tool.foretold_cycles(gemm, chosen)
+        assert tool.reported_cycles(files, scalesim.version) == tool.estimated_cycles(gemm, chosen) + stalls
 
     check()
 
@@ -63,17 +63,15 @@ def test_equal_to_scalesim(mode: str, version: str, release: Callable[[str], Pat
 )
 def test_by_hand(array: tuple[int, int], dataflow: str, expected: int, tmp_path: Path) -> None:
     chosen = architecture(tmp_path, array, dataflow, "CALC")
-    assert tool.foretold_cycles(tool.Gemm(20, 30, 40), chosen) == expected
+    assert tool.estimated_cycles(tool.Gemm(20, 30, 40), chosen) == expected
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        pytest.param(
-            "Height: 256", "Height: 8,64", "ArrayHeight is a range, expected one whole number >= 1", id="range"
-        ),
+        pytest.param("Height: 256", "Height: 8,64", "ArrayHeight or ArrayWidth is missing or wrong", id="range"),
         pytest.param("Width: 256", "Width: 0", "ArrayHeight or ArrayWidth is missing or wrong", id="no columns"),
-        pytest.param("Support: false", "Support: True", "SparsitySupport is true, expected false", id="sparsity"),
+        pytest.param("Support: false", "Support: True", "SparsitySupport is true, expected false, or", id="sparsity"),
         pytest.param("Dataflow: ws", "Dataflow: rs", "Dataflow is 'rs', expected os, ws or is", id="dataflow"),
     ],
 )

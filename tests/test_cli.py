@@ -38,36 +38,38 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_npus=16", "--num_packages=3"], "--num_packages=3 does not divide --num_npus=16"),
-        (["--num_npus=0"], "flag --num_npus=0: 0 is not a positive integer"),
-        (["--num_npu=-4"], "-4 is not a positive integer"),
+        (["--num_npus=16", "--num_packages=3"], "flags num_npus=16, num_packages=3: packages must divide NPUs"),
+        (["--num_npus=0"], "flag --num_npus=0: 0 is not an integer in the range [1, 2147483647]"),
+        (["--num_npu=-4"], "-4 is not an integer in the range [1, 2147483647]"),
+        (["--num_npus=" + "9" * 30], "is not an integer in the range [1, 2147483647]"),
+        (["--update_time=" + "9" * 30], "is not an integer in the range [0, 2147483647]"),
+        (["--flagfile=nul"], ": a NUL character, expected none in a path"),
         (["--num_npus=1.5"], "flag --num_npus=1.5: "),
         (["--datatype_size=0"], "flag --datatype_size=0: 0 is not an integer in the range [1, 1048576]"),
         (["--parallel=PIPELINE"], "value should be one of <DATA|MODEL|HYBRID_DATA_MODEL|HYBRID_MODEL_DATA|HYBRID_"),
         (["--colour=red"], "Unknown command line flag 'colour'"),
         (["example.csv"], "unexpected argument 'example.csv', expected only flags, as --name=value"),
         (["--jobs=0"], "flag --jobs=0: 0 is not a positive integer"),
-        (["--update_time=-1"], "flag --update_time=-1: -1 is not a non-negative integer"),
-        (["--run_name=../../x"], "--run_name=../../x, expected the name of a folder in outputs/DATA"),
-        (["--run_name=/tmp/x"], "--run_name=/tmp/x, expected the name of a folder in outputs/DATA"),
-        (["--run_name="], "--run_name=., expected the name of a folder in outputs/DATA"),
-        (["--mnk="], "--mnk is empty, expected a path"),
-        (["--output_file="], "--output_file is empty, expected a path"),
+        (["--update_time=-1"], "flag --update_time=-1: -1 is not an integer in the range [0, "),
+        (["--run_name=../../x"], "flag --run_name=../../x: expected the name of a folder in outputs/<parallel>"),
+        (["--run_name=/tmp/x"], "flag --run_name=/tmp/x: expected the name of a folder in outputs/<parallel>"),
+        (["--run_name="], "flag --run_name=: expected the name of a folder in outputs/<parallel>"),
+        (["--run_name=."], "flag --run_name=.: expected the name of a folder in outputs/<parallel>"),
+        (["--mnk="], "flag --mnk=: expected a path"),
+        (["--output_file="], "flag --output_file=: expected a path"),
         (["--mnk=missing.csv"], "/missing.csv: No such file or directory"),
         (["--mnk=."], ": Is a directory"),
         (["--scalesim_config=missing.cfg"], "/missing.cfg: No such file or directory"),
         (["--output_file=."], " is a folder, expected a file"),
         (["--output_file=outputs/DATA"], "outputs/DATA is a folder, expected a file"),
-        (["--output_file=/dev/fd/99"], "--output_file=/dev/fd/99: Bad file descriptor, expected a stream open"),
-        (["--output_file=/dev/fd/99999999999999999999"], "/dev/fd/"),
         (["--output_file=workload.txt/x"], "/workload.txt is a file, expected a folder"),
         (["--output_file=" + "x" * 300], ": File name too long"),
-        (["--stderrthreshold=x"], "--stderrthreshold must be one of"),
         ([f"--flagfile={sys.executable}"], "codec can't decode"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(flags: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "workload.txt").write_text("mine")
+    (tmp_path / "nul").write_bytes(b"--mnk=a\0b\n")
     result = run(tmp_path, FAST, *flags)
     assert is_one_error_line(result), result
     assert message in result.err
@@ -85,7 +87,7 @@ def test_help_lists_the_flags_in_order_on_stdout(tmp_path: Path) -> None:
         "  --dry_run=False",
     ]
     assert listed[:6] == ["mnk", "parallel", "num_npus", "num_npu", "num_packages", "datatype_size"]
-    assert set(listed) == {*tool.Settings._fields, "num_npu"} - {"current_folder"}
+    assert set(listed) == {*tool.Settings._fields, "num_npu", "run_name"} - {"run_folder"}
     assert max(map(len, result.out.splitlines())) <= 120
 
 
@@ -93,8 +95,8 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     command = ["bash", "-c", 'rmdir "$PWD" && exec "$@"', "bash", sys.executable, str(SCRIPT), FAST]
     done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True)
-    expected = "error: the current folder is gone, expected one that is there\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert "No such file or directory" in done.stderr
 
 
 def test_a_python_without_the_packages(tmp_path: Path) -> None:
@@ -106,7 +108,6 @@ def test_a_python_without_the_packages(tmp_path: Path) -> None:
 def test_flags_may_be_lower_case_and_the_alias_works(tmp_path: Path) -> None:
     assert run(tmp_path, FAST, "--parallel=model", "--num_npu=4").status == 0
     assert (tmp_path / "workload.txt").read_text().startswith("MODEL\n")
-    assert "256x32x512" not in (tmp_path / "workload.txt").read_text()
     assert (tmp_path / "outputs/MODEL/example/example_fwd_pass.csv").read_text().split("\n")[1].split(",")[6] == "32"
 
 
@@ -140,18 +141,6 @@ def test_pipes_in_and_out(tmp_path: Path) -> None:
     assert run(tmp_path, FAST, "--mnk=pipe.csv").status == 0
     writer.join()
     assert (tmp_path / "outputs/DATA/pipe/scalesim.cfg").is_file()
-
-
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
-def test_a_redirected_stream_goes_on_where_it_stands(name: str, tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_text("mine\n")
-    for _ in range(2):
-        with (tmp_path / "all.txt").open("a") as stream:
-            command = [sys.executable, str(SCRIPT), FAST, f"--output_file={name}"]
-            subprocess.run(command, cwd=tmp_path, stdout=stream, check=True)
-    text = (tmp_path / "all.txt").read_text()
-    assert text.startswith("mine\nDATA\n7\nMLP_Bottom_0\t-1\t")
-    assert [text.count(part) for part in ("DATA\n7\n", "\nlayer (* uneven)", "\nwrote ")] == [2, 2, 2]
 
 
 def test_warnings_that_nobody_reads_end_nothing(tmp_path: Path) -> None:
@@ -194,7 +183,7 @@ def test_a_disk_that_is_full_in_the_middle_of_the_file(tmp_path: Path) -> None:
     done = limited(tmp_path, 5000, FAST, f"--mnk={table}", "--scalesim_config=c.cfg")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
-    assert "/workload.txt: File too large" in done.stderr
+    assert "/outputs/DATA/t/layers.csv: File too large" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "workload.txt").read_text() == "mine"
     assert not list(tmp_path.rglob("*.part"))
@@ -227,7 +216,7 @@ def test_a_folder_that_is_not_to_be_written(what: str, tmp_path: Path) -> None:
         closed.chmod(0o755)
     if what == "cache":
         assert done.returncode == 0
-        assert done.stderr.startswith(f"warning: can't remember finished simulations in {tmp_path}/cache/")
+        assert done.stderr.startswith(f"warning: can't cache finished simulations in {tmp_path}/cache/")
         assert "Permission denied; going on without" in done.stderr
         return
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
@@ -247,18 +236,30 @@ def test_a_closed_stream(stream: int, tmp_path: Path) -> None:
     assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
 
 
-def test_an_output_that_nobody_reads_is_an_error(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, str(SCRIPT), FAST, f"--output_file=/dev/fd/{writer}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, pass_fds=[writer])
-    os.close(writer)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: /dev/fd/{writer}: Broken pipe\n")
+def test_help_that_nobody_reads(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     helped = subprocess.run([sys.executable, str(SCRIPT), "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (helped.returncode, helped.stderr) == (0, "")
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_simulated(tmp_path: Path) -> None:
+    fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
+    table = write_table(tmp_path / ("t" * 240 + ".csv"), "a,64,8,8")
+    result = run(tmp_path, f"--mnk={table}", f"--scalesim_path={fake}", f"--cache_dir={tmp_path}/cache")
+    assert is_one_error_line(result)
+    assert result.err.endswith("_weight_grad.csv: File name too long\n")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_at_most_eight_warnings_of_sizes_that_do_not_divide(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", *(f"l{m},{m},16,16" for m in range(17, 31)))
+    result = run(tmp_path, FAST, f"--mnk={table}", "--num_npus=16")
+    warnings = result.err.splitlines()
+    assert (result.status, len(warnings)) == (0, 9)
+    assert warnings[0] == "warning: l17: m = 17 does not divide by 16, one NPU is timed with 2"
+    assert warnings[-1] == "warning: 6 more sizes do not divide"
 
 
 @pytest.mark.parametrize("given", ["mnk", "scalesim_config"])
@@ -294,15 +295,15 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert result.status == 0
     assert list(tmp_path.iterdir()) == []
     lines = result.out.splitlines()
-    assert lines[0].split() == "layer (* uneven) pass GEMM of one NPU foretold cycles collective bytes".split()
+    assert lines[0].split() == "layer pass GEMM of one NPU estimated cycles collective bytes".split()
     assert lines[1].split()[:4] == ["MLP_Bottom_0", "*", "forward", "256x11x512"]
     assert lines[-3] == "dry run: 7 layers, 12 distinct GEMMs of 21, nothing written"
     total = sum(
-        tool.foretold_cycles(tool.Gemm(*map(int, gemm.split("x"))), tool.read_architecture(None))
+        tool.estimated_cycles(tool.Gemm(*map(int, gemm.split("x"))), tool.read_architecture(None))
         for gemm in set(re.findall(r"\d+x\d+x\d+", result.out))
     )
-    assert lines[-2] == f"0 in the cache, 12 to simulate: {total:,} foretold cycles"
-    assert re.fullmatch(r"largest simulation: \d\.\d GB foretold, \d+\.\d GB free", lines[-1])
+    assert lines[-2] == f"0 in the cache, 12 to simulate: {total:,} estimated cycles"
+    assert re.fullmatch(r"largest simulation: \d\.\d GB estimated, \d+\.\d GB free", lines[-1])
 
 
 def test_dry_run_of_the_analytical_model(tmp_path: Path) -> None:
@@ -320,13 +321,13 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *flags]
     with subprocess.Popen(command, cwd=tmp_path, stderr=terminal, stdout=subprocess.DEVNULL) as running:
         os.close(terminal)
-        shown = b""
+        seen = b""
         try:
             while chunk := os.read(main_end, 1000):
-                shown += chunk
+                seen += chunk
         except OSError:
             pass  # the terminal's end
     os.close(main_end)
     assert running.returncode == 0
-    assert b"cycle/s" in shown
-    assert b", layer a, " in shown
+    assert b"cycle/s" in seen
+    assert b", layer a, " in seen

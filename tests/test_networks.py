@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import MNK_INPUTS, settings
+from helpers import MNK_INPUTS, settings, shards_of
 
 LLAMA_BLOCK = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672  # q and output, k and v of 8 heads, gated MLP
 WEIGHTS = {
@@ -29,7 +29,10 @@ def test_weights_as_published(name: str) -> None:
 
 
 def test_llama_is_the_published_model_with_its_embedding_and_normalisations() -> None:
-    assert WEIGHTS["llama3_70b"] + 128256 * 8192 + (2 * 80 + 1) * 8192 == 70_553_706_496
+    layers = layers_of("llama3_70b")
+    weights = sum(layer.n * layer.k for layer in layers)
+    output, blocks = layers[-1], len({layer.name.split("_")[0] for layer in layers[:-1]})
+    assert weights + output.n * output.k + (2 * blocks + 1) * output.k == 70_553_706_496
 
 
 def test_resnet_multiply_accumulates() -> None:
@@ -46,8 +49,8 @@ def test_every_layer_of_a_network_has_the_same_minibatch() -> None:
 
 def test_dlrm_communicates_as_in_astrasims_own_file(tmp_path: Path) -> None:
     """DLRM_HybridParallel.txt of ASTRA-sim: the bytes of the weight gradients."""
-    shares = [tool.shard(layer, settings(tmp_path))[2].bytes for layer in layers_of("dlrm")]
-    assert shares == [13312, 524288, 524288, 16384, 1064960, 524288, 524288]
+    sizes = [shards_of(layer, settings(tmp_path))[2].bytes for layer in layers_of("dlrm")]
+    assert sizes == [13312, 524288, 524288, 16384, 1064960, 524288, 524288]
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import gen_astrasim_workload_input as tool
-from helpers import PLAIN, read_like_astrasim, settings
+from helpers import PLAIN, read_like_astrasim, settings, shards_of
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "1000"))
 MANY = examples(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -57,20 +57,20 @@ def test_any_table_gives_a_right_file(
         texts = set()
         for spelling in ("plain", "upper", "BOM", "CRLF", "blank", "comma"):
             chosen.mnk.write_bytes(table(layers, spelling))
-            plan = [(layer, tool.shard(layer, chosen)) for layer in tool.read_layers(chosen.mnk, parallel)]
-            gemms = [share.gemm for _, shares in plan for share in shares]
+            plan = [(layer, shards_of(layer, chosen)) for layer in tool.read_layers(chosen.mnk, parallel)]
+            gemms = [shard.gemm for _, shards in plan for shard in shards]
             array = tool.read_architecture(None)
-            cycles = {gemm: tool.foretold_cycles(gemm, array) for gemm in gemms}
-            texts.add(tool.workload_text(chosen, plan, cycles))
+            cycles = {gemm: tool.estimated_cycles(gemm, array) for gemm in gemms}
+            texts.add(tool.workload_text(plan, cycles, parallel, 100))
     assert len(texts) == 1
     strategy, read = read_like_astrasim(texts.pop())
     assert (strategy, [layer.name for layer in read]) == (parallel, [name for name, *_ in layers])
     dp_of = {"DATA": npus, "MODEL": 1, "HYBRID_DATA_MODEL": packages, "HYBRID_MODEL_DATA": npus // packages}
-    for (_, m, n, k, own), (_, shares), seen in zip(layers, plan, read):
+    for (_, m, n, k, own), (_, shards), seen in zip(layers, plan, read):
         used = own if parallel == "HYBRID_CUSTOMIZED" else parallel
         assert seen.strategy == (own if parallel == "HYBRID_CUSTOMIZED" else None)
         dp, mp = dp_of[used], npus // dp_of[used]
-        forward = shares[0].gemm
+        forward = shards[0].gemm
         assert forward.k == k
         if rounding == "up":
             assert forward.m * dp >= m > (forward.m - 1) * dp
@@ -126,7 +126,5 @@ REPORT = st.lists(
 @MANY
 @given(st.one_of(st.text(max_size=80), REPORT))
 def test_any_text_as_a_report(text: str) -> None:
-    try:
-        assert tool.reported_cycles({"COMPUTE_REPORT.csv": text}, 3) >= 1
-    except ValueError as error:
-        assert str(error).startswith("its COMPUTE_REPORT.csv ")
+    cycles = tool.reported_cycles({"COMPUTE_REPORT.csv": text}, 3)
+    assert cycles is None or cycles >= 1

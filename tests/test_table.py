@@ -81,8 +81,10 @@ HEADERS = "expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization"
         pytest.param(
             "Layer,m,n,k\na,\u0663,2,3\n".encode(), 2, r"m is '\u0663', expected a whole number >= 1", id="other digits"
         ),
-        pytest.param(b"Layer,m,n,k\n\xe9,1,2,3\n", 2, "not UTF-8 text, expected a CSV table", id="Latin-1"),
-        pytest.param(b"\x7fELF\x02\xff\x00", 1, "not UTF-8 text, expected a CSV table", id="binary"),
+        pytest.param(
+            b"Layer,m,n,k\n\xe9,1,2,3\n", 2, r"layer name '\udce9', expected printable characters", id="Latin-1"
+        ),
+        pytest.param(b"\x7fELF\x02\xff\x00", 1, rf"header '\x7fELF\x02\udcff\x00', {HEADERS}", id="binary"),
         pytest.param(
             b'Layer,m,n,k\n"a,1,2,3\n', 2, "unexpected end of data, expected a CSV table", id="quote without end"
         ),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["absl-py", "tqdm", "scalesim==3.0.0", "numpy<2.4"]
+# dependencies = ["absl-py", "tqdm", "scalesim==3.0.0", "numpy<2.4", "protobuf>=5.29"]
 # ///
 """Turn a table of layers, each a GEMM of m, n, k, into the workload file that ASTRA-sim runs.
 
@@ -26,6 +26,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -40,7 +41,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,10 +154,14 @@ flags.DEFINE_enum("shard_rounding", "up", ROUNDINGS, "How a size that does not d
 flags.DEFINE_integer("update_time", 100, "Cycles that ASTRA-sim adds after a collective.", 0, INT_MAX)
 flags.DEFINE_enum("time_unit", "cycles", UNITS, "What compute times are written in: cycles, ns, us (ASTRA-sim 2.x).")
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock in MHz, for --time_unit=ns and us.")
+flags.DEFINE_string(
+    "chakra_et", "", "Prefix of execution traces for ASTRA-sim 2.x: <prefix>.<npu>.et, one for each NPU."
+)
+flags.DEFINE_integer("num_passes", 1, "Training steps in those traces.", 1, 1 << 20)
 flags.DEFINE_bool("dry_run", False, "Print the plan and what is in the cache; simulate nothing, write nothing.")
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate on its cluster.")
 
-PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir")
+PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir", "chakra_et")
 for _name in (*PATHS, "run_name"):
     flags.register_validator(_name, lambda text: "\0" not in (text or ""), "a NUL character, expected none in a path")
 for _name in ("mnk", "output_file"):
@@ -173,6 +178,11 @@ flags.register_multi_flags_validator(
     ["time_unit", "clock_mhz"],
     lambda flag: 0 < (flag["clock_mhz"] or 0) < math.inf if flag["time_unit"] != "cycles" else not flag["clock_mhz"],
     "expected a clock above 0 with ns and us, and none with cycles",
+)
+flags.register_multi_flags_validator(
+    ["time_unit", "chakra_et"],
+    lambda flag: not flag["chakra_et"] or flag["time_unit"] != "cycles",
+    "expected us for traces, or ns for an ASTRA-sim that reads them as that",
 )
 
 
@@ -195,6 +205,8 @@ class Settings(NamedTuple):
     update_time: int
     time_unit: str
     clock_mhz: float | None
+    chakra_et: Path | None
+    num_passes: int
     dry_run: bool
     dask_scheduler: str
 
@@ -931,21 +943,144 @@ def layers_table(plan: Plan, cycles: dict[Gemm, int]) -> str:
 
 
 def check_output(settings: Settings) -> None:
-    """Make the folders of the output file and the run, and refuse now what could not be written after hours."""
-    path = settings.output_file
-    folders = [settings.run_folder]
-    if path.is_file() or not path.exists():
-        folders.append(Path(os.path.realpath(path)).parent)  # a link stays a link
+    """Make the folders of what will be written, and refuse now what could not be written after hours."""
+    paths = [settings.output_file, *([trace_path(settings.chakra_et, 0)] if settings.chakra_et else [])]
+    folders = [settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)]  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise UserError(f"--output_file={path} is a folder, expected a file")
-    for given in (settings.mnk, settings.scalesim_config):
-        if given and path.is_file() and path.samefile(given):
-            raise UserError(f"--output_file={path} is what was given to read, expected another file")
-    for needed in (*folders, path):
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, expected a file to write")
+        for given in (settings.mnk, settings.scalesim_config):
+            if given and path.is_file() and path.samefile(given):
+                raise UserError(f"{path} is what was given to read, expected another file to write")
+    for needed in (*folders, *paths):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
+
+
+# --- Execution traces for ASTRA-sim 2.x
+# The messages of MLCommons Chakra, as far as a trace uses them: of each field the number and the type, * if repeated.
+CHAKRA_MESSAGES = {
+    "GlobalMetadata": {"version": (1, "string")},
+    "BoolList": {"values": (1, "bool*")},
+    "AttributeProto": {
+        "name": (1, "string"),
+        "int64_val": (9, "int64"),
+        "bool_val": (27, "bool"),
+        "bool_list": (28, "BoolList"),
+    },
+    "Node": {
+        "id": (1, "uint64"),
+        "name": (2, "string"),
+        "type": (3, "int32"),
+        "data_deps": (5, "uint64*"),
+        "duration_micros": (7, "uint64"),
+        "attr": (10, "AttributeProto*"),
+    },
+}
+COMP_NODE, COMM_COLL_NODE = 4, 7
+COMM_TYPES = {"ALLREDUCE": 0, "ALLGATHER": 2, "REDUCESCATTER": 7}
+
+
+def chakra_messages() -> dict[str, Any]:
+    """Return the class of each of Chakra's messages."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    # By proto2's rules a value that is set is written also where it is 0 or false, as in Chakra's oneof.
+    file = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
+    for message, fields in CHAKRA_MESSAGES.items():
+        declared = file.message_type.add(name=message)
+        for name, (number, kind) in fields.items():
+            field = declared.field.add(name=name, number=number, label=3 if kind.endswith("*") else 1)
+            kind = kind.rstrip("*")
+            if kind in CHAKRA_MESSAGES:
+                field.type_name = kind
+            else:
+                field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return dict(message_factory.GetMessageClassesForFiles(["chakra.proto"], pool))
+
+
+def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel: str, num_passes: int) -> bytes:
+    """Return the execution trace of an NPU, all of which are equal: ASTRA-sim 1.0's training loop as a graph.
+
+    A collective runs in its own dimensions of the network, of which those of size 1 are none; with one member it is
+    left out, as ASTRA-sim ends silently at one. UserError where a time or a size does not fit into 64 bits.
+    """
+    from google.protobuf.proto import serialize_length_prefixed
+
+    messages, trace, ids = chakra_messages(), io.BytesIO(), itertools.count()
+    serialize_length_prefixed(messages["GlobalMetadata"](version="0.0.4"), trace)
+
+    def add(name: str, after: list[int], attributes: dict[str, Any], **fields: int) -> list[int]:
+        attr = [
+            {"name": "is_cpu_op", "bool_val": False},
+            *({"name": key, **value} for key, value in attributes.items()),
+        ]
+        try:
+            node = messages["Node"](id=next(ids), name=name, data_deps=dict.fromkeys(after), attr=attr, **fields)
+        except ValueError:
+            raise UserError(
+                f"--chakra_et: {name}: a time or size does not fit into 64 bits, as a trace has it"
+            ) from None
+        serialize_length_prefixed(node, trace)
+        return [node.id]
+
+    def compute(layer: Layer, shard: PassShard, after: list[int]) -> list[int]:
+        name = f"{layer.name} {shard.pass_name}"
+        return add(name, after, {}, type=COMP_NODE, duration_micros=times[shard.gemm])
+
+    def communicate(layer: Layer, shard: PassShard, after: list[int]) -> list[int]:
+        if shard.members == 1:
+            return after
+        involved = [dimension in shard.dimensions for dimension, size in enumerate(network) if size > 1]
+        attributes = {
+            "comm_type": {"int64_val": COMM_TYPES[shard.collective]},
+            "comm_size": {"int64_val": shard.bytes},
+            "involved_dim": {"bool_list": {"values": involved}},
+        }
+        return add(f"{layer.name} {shard.pass_name} {shard.collective}", after, attributes, type=COMM_COLL_NODE)
+
+    updated: list[list[int]] = [[] for _ in plan]  # after which nodes each layer has its new weights
+    for _ in range(num_passes):
+        before: list[int] = []
+        for index, (layer, (forward, _, _)) in enumerate(plan):
+            before = communicate(layer, forward, compute(layer, forward, before + updated[index]))
+        for index, (layer, (_, inp_grad, weight_grad)) in reversed(list(enumerate(plan))):
+            if parallel == "DATA":
+                computed = compute(layer, weight_grad, before)
+                updated[index] = communicate(layer, weight_grad, computed)
+                before = compute(layer, inp_grad, computed) if index else computed
+            else:
+                gradient = compute(layer, inp_grad, before)
+                reduced = communicate(layer, inp_grad, gradient) if index else gradient
+                computed = compute(layer, weight_grad, gradient)
+                updated[index] = communicate(layer, weight_grad, computed)
+                before = reduced + computed
+    return trace.getvalue()
+
+
+def trace_path(prefix: Path, npu: int) -> Path:
+    """Return where ASTRA-sim looks for an NPU's trace."""
+    return prefix.with_name(f"{prefix.name}.{npu}.et")
+
+
+@contextmanager
+def staged_traces(prefix: Path, trace: bytes, npus: int) -> Iterator[None]:
+    """Prepare the same trace for every NPU, on disk once where links are possible; put all in place at the end."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=prefix.parent) as name:
+        source, *others = (Path(name, str(npu)) for npu in range(npus))
+        source.write_bytes(trace)
+        for other in others:
+            try:
+                os.link(source, other)
+            except OSError:  # no links here, or no more of this one
+                source = Path(shutil.copyfile(source, other))
+        yield
+        for npu in range(npus):
+            os.replace(Path(name, str(npu)), trace_path(prefix, npu))
 
 
 # --- What the user sees
@@ -1017,7 +1152,11 @@ def generate(settings: Settings) -> None:
         cycles, made = {job.gemm: job.cycles for job in jobs}, "by SCALE-Sim's analytical runtime"
     write_files(settings.run_folder, {"layers.csv": layers_table(plan, cycles)})
     times = compute_times(plan, cycles, settings.time_unit, settings.clock_mhz)
-    write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
+    with ExitStack() as stack:  # the traces appear when the workload file has
+        if settings.chakra_et:
+            trace = chakra_trace(plan, times, network, settings.parallel, settings.num_passes)
+            stack.enter_context(staged_traces(settings.chakra_et, trace, settings.num_npus))
+        write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
     seconds = time.monotonic() - started
     last = f"wrote {settings.output_file}: {len(plan)} layers, {len(jobs)} distinct GEMMs ({made}), {seconds:.1f} s"
     print_results([*result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED), last])

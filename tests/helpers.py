@@ -65,6 +65,8 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "update_time": 100,
         "time_unit": "cycles",
         "clock_mhz": None,
+        "chakra_et": None,
+        "num_passes": 1,
         "dry_run": False,
         "dask_scheduler": "",
     }

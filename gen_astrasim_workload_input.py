@@ -143,6 +143,7 @@ flags.DEFINE_integer("num_npus", 8, "NPUs in the whole system.", 1, INT_MAX)
 flags.DEFINE_alias("num_npu", "num_npus")
 flags.DEFINE_integer("num_packages", 1, "Packages that the NPUs sit in; must divide num_npus.", 1)
 flags.DEFINE_integer("datatype_size", 2, "Bytes per element.", 1, 1 << 20)
+flags.DEFINE_integer("minibatch", 1, "Images, for a table of convolutions.", 1, INT_MAX)
 flags.DEFINE_string("output_file", "workload.txt", "The ASTRA-sim file; parent folders are made.")
 flags.DEFINE_string("run_name", None, "Folder under outputs/<parallel>/ for what was generated; else the mnk's stem.")
 flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder, v1, v2 or v3; else the installed scalesim package.")
@@ -194,6 +195,7 @@ class Settings(NamedTuple):
     num_npus: int
     num_packages: int
     datatype_size: int
+    minibatch: int
     output_file: Path
     run_folder: Path
     scalesim_path: Path | None
@@ -233,9 +235,18 @@ def default_cache_dir() -> Path | None:
         return None
 
 
-# --- The mnk table
+# --- The table of layers: GEMMs, or SCALE-Sim's convolutions
+GEMM = ("m", "n", "k")
+CONVOLUTION = ("ifmap height", "ifmap width", "filter height", "filter width", "channels", "num filter", "strides")
+ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
+OWN_STRATEGY = "customizedparallelization"
+
+
 class Layer(NamedTuple):
-    """One line of the table: m (minibatch rows) x n (output dimension) x k (input dimension), and its strategy."""
+    """One line of the table: m (minibatch rows) x n (output dimension) x k (input dimension), and its strategy.
+
+    `inputs` is of how many elements the input gradient is: m x k, or those of a convolution's ifmap.
+    """
 
     where: str
     name: str
@@ -243,30 +254,33 @@ class Layer(NamedTuple):
     n: int
     k: int
     strategy: str
+    inputs: int
 
 
-def read_layers(path: Path, parallel: str) -> list[Layer]:
-    """Read the mnk table; `parallel` is every layer's strategy, or HYBRID_CUSTOMIZED for the fifth column's own.
+def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
+    """Read a table of GEMMs, or of convolutions with `minibatch` images.
 
-    Raises UserError, naming file and line, for whatever is not a header and then layers of whole numbers >= 1.
+    `parallel` is every layer's strategy, or HYBRID_CUSTOMIZED for the last column's own. Raises UserError, naming file
+    and line, for whatever is not a header and then layers of whole numbers >= 1.
     """
     rows = _table_rows(path)
     where, header = next(rows, (f"{path}:1", []))
-    expected = ["layer", "m", "n", "k", "customizedparallelization"]
-    columns = ["layer" if name.lower() == "layer name" else name.lower() for name in header]
-    while columns and not columns[-1]:
-        columns.pop()  # the trailing comma of SCALE-Sim's files
-    if sorted(columns) not in (sorted(expected), sorted(expected[:4])):
-        found = quoted(",".join(header))
-        raise UserError(f"{where}: header {found}, expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization")
-    if parallel == CUSTOMIZED and len(columns) < len(expected):
-        raise UserError(f"{where}: no column CustomizedParallelization, expected one under --parallel={CUSTOMIZED}")
+    names = [ALIASES.get(name, name) for name in (" ".join(name.lower().split()) for name in header)]
+    while names and not names[-1]:
+        names.pop()  # the trailing comma of SCALE-Sim's files
+    sizes = CONVOLUTION if "strides" in names else GEMM
+    columns = _columns(where, names, sizes, parallel)
+    if minibatch > 1 and sizes == GEMM:
+        raise UserError(f"{where}: --minibatch={minibatch} and GEMMs, whose m already holds it, expected convolutions")
     layers, renamed = [], []
     for where, row in rows:
-        if len(row) < len(columns) or any(row[len(columns) :]):
-            raise UserError(f"{where}: {len(row)} columns, expected {len(columns)} as in the header")
-        cells = dict(zip(columns, row))
-        layers.append(_layer(where, cells, parallel))
+        if sizes == CONVOLUTION and not any(row[1:]):
+            warn(f"{where}: {quoted(row[0])} is taken for a title, as in SCALE-Sim's own files")
+            continue
+        if len(row) <= max(columns.values()) or any(cell and cell[0] != "#" for cell in row[len(names) :]):
+            raise UserError(f"{where}: {len(row)} columns, expected {len(names)} as in the header")
+        cells = {name: row[place] for name, place in columns.items()}
+        layers.append(_layer(where, cells, sizes, parallel, minibatch))
         if layers[-1].name != cells["layer"]:
             renamed.append(f"{where}: layer name {quoted(cells['layer'])}")
     if not layers:
@@ -274,6 +288,27 @@ def read_layers(path: Path, parallel: str) -> list[Layer]:
     if renamed:
         warn(f"{renamed[0]}: blanks become _, as ASTRA-sim reads words ({len(renamed)} such in all)")
     return layers
+
+
+def _columns(where: str, names: list[str], sizes: tuple[str, ...], parallel: str) -> dict[str, int]:
+    """Return the place of each column that is read: the name, the sizes, and what may stand beside them."""
+    if names[1:3] == ["ifmap width", "ifmap width"]:
+        names[1] = "ifmap height"  # as 14 of SCALE-Sim's files call it
+    read = ["layer", *sizes, OWN_STRATEGY, *(["padding"] if sizes == CONVOLUTION else [])]
+    columns = {name: place for place, name in enumerate(names) if name in read}
+    others = [name for name in names if name and columns.get(name) != names.index(name)]  # unknown, or there twice
+    if {"layer", *sizes} - columns.keys() or (others and sizes == GEMM) or columns.keys() & {*others}:
+        expected = (
+            "Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
+        )
+        raise UserError(f"{where}: header {quoted(','.join(names))}, expected {expected}[,CustomizedParallelization]")
+    if changes := {"sparsity", "batch size"} & {*others}:
+        raise UserError(f"{where}: column {min(changes)} changes the work, expected a table without it")
+    if parallel == CUSTOMIZED and OWN_STRATEGY not in columns:
+        raise UserError(f"{where}: no column CustomizedParallelization, expected one under --parallel={CUSTOMIZED}")
+    if others:
+        warn(f"{where}: ignored columns: {', '.join(others)}")
+    return columns
 
 
 def _table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -288,21 +323,43 @@ def _table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
 
 
-def _layer(where: str, row: dict[str, str], parallel: str) -> Layer:
-    name = "_".join(row["layer"].split())
+def _layer(where: str, cells: dict[str, str], columns: Sequence[str], parallel: str, minibatch: int) -> Layer:
+    name = "_".join(cells["layer"].split())
     if not name or not name.isprintable():
-        raise UserError(f"{where}: layer name {quoted(row['layer'])}, expected printable characters")
-    sizes = {dimension: whole_number(row[dimension]) for dimension in "mnk"}
-    for dimension, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{where}: {dimension} is {quoted(row[dimension])}, expected a whole number >= 1")
+        raise UserError(f"{where}: layer name {quoted(cells['layer'])}, expected printable characters")
+    sizes = {column: whole_number(cells[column]) for column in (*columns, "padding") if column in cells}
+    for column, size in sizes.items():
+        if size < (column != "padding"):
+            expected = f"expected a whole number >= {int(column != 'padding')}"
+            raise UserError(f"{where}: {column} is {quoted(cells[column])}, {expected}")
+    if columns == CONVOLUTION:
+        m, n, k, inputs = _convolution(where, name, sizes, minibatch)
+    else:
+        m, n, k = (sizes[column] for column in GEMM)
+        inputs = m * k
     strategy = parallel
     if parallel == CUSTOMIZED:
-        written = row["customizedparallelization"]
+        written = cells[OWN_STRATEGY]
         strategy = MISSPELT.get(written.upper(), written.upper())
         if strategy not in STRATEGIES:
             raise UserError(f"{where}: strategy {quoted(written)}, expected one of {', '.join(STRATEGIES)}")
-    return Layer(where, name, **sizes, strategy=strategy)
+    return Layer(where, name, m, n, k, strategy, inputs)
+
+
+def _convolution(where: str, name: str, sizes: dict[str, int], minibatch: int) -> tuple[int, int, int, int]:
+    """Return m, n, k of the im2col product, and the elements of the ifmap, which is less than m x k.
+
+    Without padding outputs are counted as SCALE-Sim counts them, rounded up; with it as PyTorch does, rounded down.
+    """
+    height, width, filter_height, filter_width, channels, filters, stride = (sizes[column] for column in CONVOLUTION)
+    pixels = 1
+    for ifmap, window in ((height, filter_height), (width, filter_width)):
+        room = ifmap + 2 * sizes.get("padding", 0) - window
+        if room < 0 or "DP" in name:
+            raise UserError(f"{where}: a filter larger than its ifmap, or depth-wise (DP), expected neither")
+        pixels *= room // stride + 1 if "padding" in sizes else -(-(room + stride) // stride)
+    k = filter_height * filter_width * channels
+    return minibatch * pixels, filters, k, minibatch * height * width * channels
 
 
 # --- Strategies: what one NPU computes and communicates
@@ -360,7 +417,7 @@ def shard(layer: Layer, network: Network, datatype_size: int, rounding: str) -> 
     rows, columns = shard_size(m, dp, rounding), shard_size(n, mp, rounding)
     passes = [  # the GEMM; the collective, in which dimensions, over how many NPUs; its elements, split over how many
         (Gemm(rows, columns, k), "ALLGATHER", along.n, mp, m * n, dp * mp),
-        (Gemm(rows, k, columns), "REDUCESCATTER", along.n, mp, m * k, dp),
+        (Gemm(rows, k, columns), "REDUCESCATTER", along.n, mp, layer.inputs, dp),
         (Gemm(k, columns, rows), "ALLREDUCE", along.m, dp, n * k, mp),
     ]
     return [
@@ -1130,7 +1187,7 @@ def generate(settings: Settings) -> None:
     """Do the whole job: read the table, partition the layers, time the GEMMs, write the files, show the result."""
     started = time.monotonic()
     network = (settings.num_npus // settings.num_packages, settings.num_packages)
-    layers = read_layers(settings.mnk, settings.parallel)
+    layers = read_layers(settings.mnk, settings.parallel, settings.minibatch)
     plan = [(layer, shard(layer, network, settings.datatype_size, settings.shard_rounding)) for layer in layers]
     check_plan(plan)
     architecture = read_architecture(settings.scalesim_config, settings.cycle_model)

@@ -36,7 +36,7 @@ def plan_of(point: Point) -> tool.Plan:
     """Return the plan of the example at a point."""
     npus, packages, strategy = point
     chosen = helpers.settings(Path("/"), num_npus=npus, num_packages=packages, parallel=strategy)
-    return [(layer, helpers.shards_of(layer, chosen)) for layer in tool.read_layers(chosen.mnk, strategy)]
+    return [(layer, helpers.shards_of(layer, chosen)) for layer in tool.read_layers(chosen.mnk, strategy, 1)]
 
 
 def gemms_of(points: list[Point]) -> Counter[tool.Gemm]:

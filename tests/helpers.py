@@ -40,6 +40,11 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
     return Run(done.returncode, done.stdout, done.stderr)
 
 
+def layer_of(where: str, name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
+    """Return a layer that is a GEMM."""
+    return tool.Layer(where, name, m, n, k, strategy, m * k)
+
+
 def shards_of(layer: tool.Layer, chosen: tool.Settings) -> list[tool.PassShard]:
     """Partition a layer by these settings."""
     network = (chosen.num_npus // chosen.num_packages, chosen.num_packages)
@@ -54,6 +59,7 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "num_npus": 16,
         "num_packages": 2,
         "datatype_size": 2,
+        "minibatch": 1,
         "output_file": folder / "workload.txt",
         "run_folder": folder / "outputs" / "run",
         "scalesim_path": None,

@@ -156,7 +156,7 @@ def test_warnings_that_nobody_reads_end_nothing(tmp_path: Path) -> None:
 
 
 def test_whoever_stops_reading_the_table_has_the_file(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), FAST, f"--mnk={MNK_INPUTS}/resnet50.csv", "--num_npus=4"]
+    command = [sys.executable, str(SCRIPT), FAST, f"--mnk={MNK_INPUTS}/resnet50.csv", "--num_npus=4", "--minibatch=4"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 import gen_astrasim_workload_input as tool
-from helpers import GOOD_REPORT, PLAIN, ROOT, SCRIPT, fake_v2, read_like_astrasim, read_like_chakra
+from helpers import GOOD_REPORT, PLAIN, ROOT, SCRIPT, fake_v2, layer_of, read_like_astrasim, read_like_chakra
 from test_dask import cluster
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_the_strategies_of_the_readme_are_the_scripts() -> None:
     rows = re.findall(r"^\| `(\w+)`.*? \| (\S+) \| (\S+) \| (\w+) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
     assert [row[0] for row in rows] == list(PLAIN)
     for name, dp, mp, *collectives in rows:
-        shards = tool.shard(tool.Layer("", "a", 240, 240, 240, name), (8, 3), 2, "up")
+        shards = tool.shard(layer_of("", "a", 240, 240, 240, name), (8, 3), 2, "up")
         assert [shard.collective for shard in shards] == collectives
         known = {"N": 24, "P": 3, "N/P": 8, "1": 1}
         assert tool.split_degrees(name, (8, 3)) == (known[dp], known[mp])

@@ -20,7 +20,7 @@ WEIGHTS = {
 
 
 def layers_of(name: str) -> list[tool.Layer]:
-    return tool.read_layers(MNK_INPUTS / f"{name}.csv", "DATA")
+    return tool.read_layers(MNK_INPUTS / f"{name}.csv", "DATA", 256 if name == "resnet50" else 1)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -56,5 +56,7 @@ def test_dlrm_communicates_as_in_astrasims_own_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_they_run_on_1024_npus(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tool.generate(settings(tmp_path, mnk=MNK_INPUTS / f"{name}.csv", num_npus=1024, num_packages=128))
+    minibatch = 256 if name == "resnet50" else 1
+    mnk = MNK_INPUTS / f"{name}.csv"
+    tool.generate(settings(tmp_path, mnk=mnk, num_npus=1024, num_packages=128, minibatch=minibatch))
     assert (tmp_path / "workload.txt").read_text().count("\n") == len(layers_of(name)) + 2

@@ -14,7 +14,7 @@ FIVE = "Layer,m,n,k,CustomizedParallelization"
 def read(tmp_path: Path, data: bytes, parallel: str = "DATA") -> list[tuple[str, int, int, int, str]]:
     path = tmp_path / "table.csv"
     path.write_bytes(data)
-    return [layer[1:] for layer in tool.read_layers(path, parallel)]
+    return [layer[1:6] for layer in tool.read_layers(path, parallel, 1)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,10 @@ def test_blanks_in_a_name_become_underscores_with_a_warning(tmp_path: Path, caps
     )
 
 
-HEADERS = "expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization"
+HEADERS = (
+    "expected Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
+    "[,CustomizedParallelization]"
+)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +66,9 @@ HEADERS = "expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization"
         pytest.param(b"", 1, f"header '', {HEADERS}", id="empty"),
         pytest.param(b"\n \n", 1, f"header '', {HEADERS}", id="blank"),
         pytest.param(b"a,1,2,3\nb,1,2,3\n", 1, f"header 'a,1,2,3', {HEADERS}", id="no header"),
-        pytest.param(b"Layer,m,n\na,1,2\n", 1, f"header 'Layer,m,n', {HEADERS}", id="header without k"),
-        pytest.param(b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'Layer,m,n,n', {HEADERS}", id="column twice"),
-        pytest.param(b"\nLayer,m,n,k,x\n", 2, f"header 'Layer,m,n,k,x', {HEADERS}", id="unknown column"),
+        pytest.param(b"Layer,m,n\na,1,2\n", 1, f"header 'layer,m,n', {HEADERS}", id="header without k"),
+        pytest.param(b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'layer,m,n,n', {HEADERS}", id="column twice"),
+        pytest.param(b"\nLayer,m,n,k,x\n", 2, f"header 'layer,m,n,k,x', {HEADERS}", id="unknown column"),
         pytest.param(b"Layer,m,n,k\n", 1, "no layers, expected one a line below the header", id="no layers"),
         pytest.param(b"Layer,m,n,k\na,1,2,3\nb,1,2\n", 3, "3 columns, expected 4 as in the header", id="too few"),
         pytest.param(b"Layer,m,n,k\na,1,2,3,4\n", 2, "5 columns, expected 4 as in the header", id="too many"),
@@ -84,7 +87,7 @@ HEADERS = "expected Layer,m,n,k or Layer,m,n,k,CustomizedParallelization"
         pytest.param(
             b"Layer,m,n,k\n\xe9,1,2,3\n", 2, r"layer name '\udce9', expected printable characters", id="Latin-1"
         ),
-        pytest.param(b"\x7fELF\x02\xff\x00", 1, rf"header '\x7fELF\x02\udcff\x00', {HEADERS}", id="binary"),
+        pytest.param(b"\x7fELF\x02\xff\x00", 1, rf"header '\x7felf\x02\udcff\x00', {HEADERS}", id="binary"),
         pytest.param(
             b'Layer,m,n,k\n"a,1,2,3\n', 2, "unexpected end of data, expected a CSV table", id="quote without end"
         ),

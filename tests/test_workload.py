@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import MNK_INPUTS, PLAIN, read_like_astrasim, read_like_chakra, settings, shards_of, write_table
+from helpers import MNK_INPUTS, PLAIN, layer_of, read_like_astrasim, read_like_chakra, settings, shards_of, write_table
 
 FOOTNOTE = "* a size that does not divide: not all NPUs have the same share"
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,12 +36,13 @@ def test_both_astrasims_read_all_of_it(
     monkeypatch.chdir(tmp_path)
     mnk = MNK_INPUTS / f"{table}.csv"
     if parallel == "HYBRID_CUSTOMIZED" and table == "resnet50":
-        rows = [f"{row},{PLAIN[i % 4]}" for i, row in enumerate(mnk.read_text().splitlines()[1:])]
-        mnk = write_table(tmp_path / "t.csv", *rows, header="Layer,m,n,k,CustomizedParallelization")
-    text = generate(tmp_path, mnk=mnk, parallel=parallel)
-    strategy, layers = read_like_astrasim(text)
+        header, *layers = mnk.read_text().splitlines()
+        rows = [f"{row},{PLAIN[i % 4]}" for i, row in enumerate(layers)]
+        mnk = write_table(tmp_path / "t.csv", *rows, header=f"{header},CustomizedParallelization")
+    text = generate(tmp_path, mnk=mnk, parallel=parallel, minibatch=256 if table == "resnet50" else 1)
+    strategy, written = read_like_astrasim(text)
     assert strategy == parallel
-    assert [layer.name for layer in layers] == [row.split(",")[0] for row in mnk.read_text().splitlines()[1:]]
+    assert [layer.name for layer in written] == [row.split(",")[0] for row in mnk.read_text().splitlines()[1:]]
     if parallel != "HYBRID_CUSTOMIZED":
         read_like_chakra(text)
 
@@ -109,7 +110,7 @@ def test_uneven_layers_are_marked(
     ],
 )
 def test_repeated_blocks_are_shown_once_in_the_networks_order(kinds: str, expected: list[str], tmp_path: Path) -> None:
-    layers = [tool.Layer("", str(i), 16 * ord(kind), 16, 16, "DATA") for i, kind in enumerate(kinds)]
+    layers = [layer_of("", str(i), 16 * ord(kind), 16, 16, "DATA") for i, kind in enumerate(kinds)]
     plan = [(layer, shards_of(layer, settings(tmp_path))) for layer in layers]
     times = {shard.gemm: 1 for _, shards in plan for shard in shards}
     lines = tool.result_table(plan, times, "us", customized=False)

@@ -21,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import configparser
 import csv
 import errno
+import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -70,6 +71,7 @@ STRATEGIES = {
 CUSTOMIZED = "HYBRID_CUSTOMIZED"
 MISSPELT = {"HYBRD_DATA_MODEL": "HYBRID_DATA_MODEL"}  # as the format's original description has it
 NO_COMM = "NONE"
+COMM_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0}  # as MLCommons Chakra numbers them
 PASSES = {"fwd_pass": "forward", "inp_grad": "input gradient", "weight_grad": "weight gradient"}
 
 
@@ -159,10 +161,11 @@ flags.DEFINE_string(
     "chakra_et", "", "Prefix of execution traces for ASTRA-sim 2.x: <prefix>.<npu>.et, one for each NPU."
 )
 flags.DEFINE_integer("num_passes", 1, "Training steps in those traces.", 1, 1 << 20)
+flags.DEFINE_string("summary_csv", "", "A CSV file that gets a row for this run, and a header if it is new.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and what is in the cache; simulate nothing, write nothing.")
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate on its cluster.")
 
-PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir", "chakra_et")
+PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir", "chakra_et", "summary_csv")
 for _name in (*PATHS, "run_name"):
     flags.register_validator(_name, lambda text: "\0" not in (text or ""), "a NUL character, expected none in a path")
 for _name in ("mnk", "output_file"):
@@ -209,6 +212,7 @@ class Settings(NamedTuple):
     clock_mhz: float | None
     chakra_et: Path | None
     num_passes: int
+    summary_csv: Path | None
     dry_run: bool
     dask_scheduler: str
 
@@ -218,6 +222,10 @@ class Settings(NamedTuple):
         values: dict[str, Any] = {name: flags.FLAGS[name].value for name in cls._fields if name in flags.FLAGS}
         for name in PATHS:
             values[name] = Path(values[name]).absolute() if values[name] else None
+        if values["cycle_model"] == "analytical":
+            for name in ("scalesim_path", "dask_scheduler", "jobs"):
+                if flags.FLAGS[name].present:
+                    warn(f"--{name} has no effect with --cycle_model=analytical")
         if flags.FLAGS.cache_dir is None:
             values["cache_dir"] = default_cache_dir()
         run_name = flags.FLAGS.run_name or values["mnk"].stem
@@ -452,6 +460,12 @@ def check_plan(plan: Plan) -> None:
         warn(f"{which}: {what}")
     if len(uneven) > 8:
         warn(f"{len(uneven) - 8} more sizes do not divide")
+    alone = [shard for _, shards in plan for shard in shards if shard.collective != NO_COMM and shard.members == 1]
+    if alone:
+        warn(
+            f"{len(alone)} collectives have one member: ASTRA-sim 1.0 and --chakra_et leave them out, the Text converter "
+            "for 2.x runs them over all NPUs"
+        )
     if small:
         warn(f"{small[0]} bytes ({len(small)} such in all): ASTRA-sim may never end at 1 to 3, try 4 or more")
 
@@ -567,6 +581,17 @@ def estimated_memory(gemm: Gemm, architecture: Architecture) -> int:
     return 40_000_000 + estimated_cycles(gemm, architecture) * cycle + 75 * (m * k + k * n + m * n)
 
 
+def estimated_seconds(gemm: Gemm, architecture: Architecture) -> float:
+    """Return how long a GEMM's simulation takes by itself; what the cache knows of this machine scales it.
+
+    Fitted like the memory, to 146 runs of 2.0.2 and 3.0.0 on arrays from 4 x 4 to 256 x 256, of up to 145,000 cycles:
+    what was measured is 0.8 to 1.5 times this.
+    """
+    m, n, k = gemm
+    cycles, side = estimated_cycles(gemm, architecture), (architecture.rows + architecture.columns) / 2
+    return 0.09 + 27e-6 * cycles + 7e-9 * math.pow(cycles * side, 1.3) + 26e-8 * (m * k + k * n + m * n)
+
+
 # --- SCALE-Sim: one GEMM, one process, one folder
 
 # Of each version of SCALE-Sim, the report with the cycles, and their column: by name, as v3 put another before it.
@@ -627,9 +652,10 @@ class ScaleSim(NamedTuple):
 
 
 class Simulation(NamedTuple):
-    """What a SCALE-Sim process left: its exit status, and its reports and log, by name."""
+    """What came of a SCALE-Sim process: its exit status, the seconds it took, and its reports and log, by name."""
 
     status: int
+    seconds: float
     files: dict[str, str]
 
 
@@ -677,6 +703,7 @@ def simulate(scalesim: ScaleSim, gemm: Gemm, lifeline: int = subprocess.PIPE) ->
     with tempfile.TemporaryDirectory(prefix="gen_astrasim_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_files(folder, inputs)
+        began = time.monotonic()
         with (folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-B", "-c", SCALESIM_PROCESS, str(here.version), here.folder],
@@ -689,10 +716,11 @@ def simulate(scalesim: ScaleSim, gemm: Gemm, lifeline: int = subprocess.PIPE) ->
             )
             with process:
                 process.wait()
+        seconds = round(time.monotonic() - began, 3)
         reports = [file for report in folder.rglob(REPORTS[here.version][0]) for file in report.parent.glob("*.csv")]
         collected = [file for file in (*reports, folder / LOG) if file.is_file() and file.name not in inputs]
         files = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in collected}
-        return Simulation(process.returncode, files)
+        return Simulation(process.returncode, seconds, files)
 
 
 def reported_cycles(files: dict[str, str], version: int) -> int | None:
@@ -728,23 +756,35 @@ class Cache:
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None  # simulated again, and replaced
 
-    def store(self, gemm: Gemm, files: dict[str, str]) -> None:
+    def store(self, gemm: Gemm, simulation: Simulation) -> None:
         """Publish a finished simulation; where that can't be done, warn and cache no more."""
+        entry = {"gemm": str(gemm), "seconds": simulation.seconds, "files": simulation.files}
         try:
             if self.folder:
-                write_files(self.folder, {f"{gemm}.json": json.dumps({"gemm": str(gemm), "files": files})})
+                write_files(self.folder, {f"{gemm}.json": json.dumps(entry)})
         except OSError as error:
             warn(f"can't cache finished simulations in {self.folder}: {error.strerror}; going on without")
             self.folder = None
 
+    def pace(self, architecture: Architecture) -> float:
+        """Return how many times their estimated seconds up to 100 finished simulations took; 1 where there are none."""
+        took = estimated = 0.0
+        for file in itertools.islice(self.folder.glob("*.json") if self.folder else (), 100):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                entry = json.loads(file.read_bytes())
+                gemm, seconds = Gemm(*map(int, entry["gemm"].split("x"))), float(entry["seconds"])
+                took, estimated = took + seconds, estimated + estimated_seconds(gemm, architecture)
+        return took / estimated if 0 < took < math.inf else 1.0
+
 
 class Job(NamedTuple):
-    """A distinct GEMM to simulate: the layer and pass that use it first, its estimated cycles and bytes of memory."""
+    """A distinct GEMM to simulate: the layer and pass that use it first, its estimated cycles, bytes and seconds."""
 
     gemm: Gemm
     first_use: str
     cycles: int
     memory: int
+    seconds: float
 
 
 def distinct_jobs(plan: Plan, architecture: Architecture, on_disk: bool) -> list[Job]:
@@ -758,7 +798,11 @@ def distinct_jobs(plan: Plan, architecture: Architecture, on_disk: bool) -> list
             if shard.gemm not in jobs:
                 first_use = f"layer {layer.name}, {shard.pass_name} pass"
                 memory = 60_000_000 if on_disk else estimated_memory(shard.gemm, architecture)
-                jobs[shard.gemm] = Job(shard.gemm, first_use, estimated_cycles(shard.gemm, architecture), memory)
+                cycles, seconds = (
+                    estimated_cycles(shard.gemm, architecture),
+                    estimated_seconds(shard.gemm, architecture),
+                )
+                jobs[shard.gemm] = Job(shard.gemm, first_use, cycles, memory, seconds)
     return sorted(jobs.values(), key=lambda job: job.cycles, reverse=True)
 
 
@@ -865,8 +909,21 @@ def run_side_by_side(
         yield list(running), finished
 
 
+def duration(seconds: float) -> str:
+    """Return a length of time in seconds, minutes or hours, as it is said."""
+    size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= 2 * each[0]), (1, "s"))
+    return f"{seconds / size:,.0f} {unit}"
+
+
+def estimated_range(jobs: list[Job], pace: float, slots: int) -> str:
+    """Return between what times these simulations will take, so many at once; the formula's error is in it."""
+    longest = pace * max((job.seconds for job in jobs), default=0)
+    shared = pace * sum(job.seconds for job in jobs) / slots
+    return f"{duration(0.6 * max(longest, shared))} to {duration(1.6 * (longest + shared))}"
+
+
 def simulated_cycles(
-    jobs: list[Job], scalesim: ScaleSim, cache: Cache, settings: Settings
+    jobs: list[Job], scalesim: ScaleSim, cache: Cache, pace: float, settings: Settings
 ) -> tuple[dict[Gemm, int], int]:
     """Return the cycles of each GEMM by SCALE-Sim, and for how many it was run.
 
@@ -888,23 +945,29 @@ def simulated_cycles(
         pool = local_pool(settings.jobs, scalesim)
         slots, memory = settings.jobs, available_memory()
     if too_large := [job for job in new if job.memory > memory]:
-        gemm, first_use, _, needed = too_large[0]
+        gemm, first_use, _, needed, _ = too_large[0]
         warn(
             f"GEMM {gemm} ({first_use}) needs about {needed / 1e9:,.1f} GB of memory, {memory / 1e9:,.1f} GB is free "
             f"({len(too_large)} such in all): it may be killed; --cycle_model=analytical needs no simulation"
         )
     tqdm.monitor_interval = 0  # the bar is moved here, each second
-    total = sum(job.cycles for job in new)
+    total, layout = sum(job.seconds for job in new), "{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
     try:
-        with pool as submit, tqdm(total=total, unit="cycle", unit_scale=True, disable=None, leave=False) as bar:
+        with pool as submit, tqdm(total=total, bar_format=layout, disable=None, leave=False) as bar:
+            bar.set_description_str(f"GEMM 1/{len(new)}")
+            bar.set_postfix_str(f"estimated {estimated_range(new, pace, slots)}")
             for running, finished in run_side_by_side(submit, new, slots, memory):
                 for job, future in finished.items():
                     simulation, folder = future.result(), settings.run_folder / f"gemm_{job.gemm}"
                     cycles[job.gemm] = checked_cycles(simulation, job, scalesim.version, folder)
-                    cache.store(job.gemm, simulation.files)
+                    cache.store(job.gemm, simulation)
                     write_files(folder, simulation.files)
-                    bar.update(job.cycles)
-                bar.set_postfix_str(f"{running[0].gemm}, {running[0].first_use}" if running else "")
+                    bar.update(job.seconds)
+                left = duration(pace * (total - bar.n) / min(slots, len(running) or 1))
+                bar.set_description_str(
+                    f"GEMM {len(new) - len(jobs) + len(cycles) + len(running)}/{len(new)}", refresh=False
+                )
+                bar.set_postfix_str(f"about {left} left, {running[0].gemm}, {running[0].first_use}" if running else "")
     except KeyboardInterrupt:
         where = f"cached in {cache.folder}" if cache.folder else "lost: there is no cache"
         print_message("interrupted", f"{len(cycles)} of {len(jobs)} GEMMs are finished, {where}")
@@ -914,7 +977,7 @@ def simulated_cycles(
 
 def checked_cycles(simulation: Simulation, job: Job, version: int, folder: Path) -> int:
     """Return a simulation's cycles, or leave its log in `folder` and raise the UserError that says what went wrong."""
-    status, files = simulation
+    status, _, files = simulation
     cycles = reported_cycles(files, version)
     if cycles and status == 0:
         return cycles
@@ -939,6 +1002,13 @@ def checked_cycles(simulation: Simulation, job: Job, version: int, folder: Path)
 def pass_totals(plan: Plan, times: dict[Gemm, int]) -> list[int]:
     """Return the sum of each pass's compute times over all layers."""
     return [sum(times[shards[index].gemm] for _, shards in plan) for index in range(len(PASSES))]
+
+
+def collective_totals(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return of each kind of collective how many there are, and their bytes; those of one member are none."""
+    running = [shard for _, shards in plan for shard in shards if shard.members > 1]
+    sizes = {name: [shard.bytes for shard in running if shard.collective == name] for name in COMM_TYPES}
+    return {name: (len(each), sum(each)) for name, each in sizes.items()}
 
 
 def compute_times(plan: Plan, cycles: dict[Gemm, int], unit: str, clock_mhz: float | None) -> dict[Gemm, int]:
@@ -999,9 +1069,34 @@ def layers_table(plan: Plan, cycles: dict[Gemm, int]) -> str:
     return table.getvalue()
 
 
+SUMMARY = [
+    *("mnk", "parallel", "num_npus", "num_packages", "datatype_size", "minibatch", "cycle_model", "time_unit"),
+    *("clock_mhz", "compute_forward", "compute_input_gradient", "compute_weight_gradient", "compute_all"),
+    *(f"{name.lower()}_{what}" for name in COMM_TYPES for what in ("count", "bytes")),
+    *("distinct_gemms", "output_file"),
+]
+
+
+def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemms: int, settings: Settings) -> None:
+    """Append a row of this run to --summary_csv, whole, also beside others; compute is in --time_unit."""
+    compute, collectives = pass_totals(plan, times), collective_totals(plan).values()
+    values = [getattr(settings, name, None) for name in SUMMARY[:9]]
+    if settings.minibatch == 1 and all(layer.inputs == layer.m * layer.k for layer, _ in plan):
+        values[SUMMARY.index("minibatch")] = None  # a table of GEMMs
+    values += [*compute, sum(compute), *itertools.chain(*collectives), distinct_gemms, settings.output_file]
+    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: who finds the file empty writes the header
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [values] if os.fstat(file.fileno()).st_size else [SUMMARY, values]
+        )
+        file.write(text.getvalue())
+
+
 def check_output(settings: Settings) -> None:
     """Make the folders of what will be written, and refuse now what could not be written after hours."""
-    paths = [settings.output_file, *([trace_path(settings.chakra_et, 0)] if settings.chakra_et else [])]
+    traces = [trace_path(settings.chakra_et, 0)] if settings.chakra_et else []
+    paths = [settings.output_file, *traces, *([settings.summary_csv] if settings.summary_csv else [])]
     folders = [settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)]  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1011,6 +1106,13 @@ def check_output(settings: Settings) -> None:
         for given in (settings.mnk, settings.scalesim_config):
             if given and path.is_file() and path.samefile(given):
                 raise UserError(f"{path} is what was given to read, expected another file to write")
+    if settings.summary_csv and settings.summary_csv.is_file():
+        with settings.summary_csv.open(encoding="utf-8", errors="surrogateescape") as file:
+            header = file.readline().strip()
+        if header not in ("", ",".join(SUMMARY)):
+            raise UserError(
+                f"{settings.summary_csv}:1: header {quoted(header)}, expected that of a summary, or no file"
+            )
     for needed in (*folders, *paths):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
@@ -1037,7 +1139,6 @@ CHAKRA_MESSAGES = {
     },
 }
 COMP_NODE, COMM_COLL_NODE = 4, 7
-COMM_TYPES = {"ALLREDUCE": 0, "ALLGATHER": 2, "REDUCESCATTER": 7}
 
 
 def chakra_messages() -> dict[str, Any]:
@@ -1153,17 +1254,17 @@ def result_table(plan: Plan, times: dict[Gemm, int], unit: str, customized: bool
         if uneven_sizes(layer, shards):
             name, uneven = f"{name} *", True
         for label, shard in zip((name, f"  {layer.strategy}" if customized else "", ""), shards):
-            time = f"{times[shard.gemm]:,}"
-            rows.append((label, shard.pass_name, str(shard.gemm), time, shard.collective, f"{shard.bytes:,}"))
+            collective = shard.collective + " of 1" * (shard.collective != NO_COMM and shard.members == 1)
+            numbers = (f"{times[shard.gemm]:,}", collective, f"{shard.bytes:,}")
+            rows.append((label, shard.pass_name, str(shard.gemm), *numbers))
     footnote = ["* a size that does not divide: not all NPUs have the same share"] if uneven else []
     compute = pass_totals(plan, times)
     totals = [("totals of a training step", "", "")]
     for name, total in zip([*PASSES.values(), "all passes"], [*compute, sum(compute)]):
         totals.append((f"compute, {name}", f"{total:,}", unit))
-    communicating = [shard for _, shards in plan for shard in shards if shard.collective != NO_COMM]
-    for collective in dict.fromkeys(shard.collective for shard in communicating):
-        sizes = [shard.bytes for shard in communicating if shard.collective == collective]
-        totals.append((f"{len(sizes):,} × {collective}", f"{sum(sizes):,}", "bytes"))
+    for collective, (count, size) in collective_totals(plan).items():
+        if count:
+            totals.append((f"{count:,} × {collective}", f"{size:,}", "bytes"))
     return [*aligned(rows, "<<>><>"), *footnote, *aligned(totals, "<><")]
 
 
@@ -1197,13 +1298,13 @@ def generate(settings: Settings) -> None:
         cache = Cache(settings.cache_dir and settings.cache_dir / scalesim.digest, scalesim.version)
     jobs = distinct_jobs(plan, architecture, on_disk=cache.version == 1)
     if settings.dry_run:
-        print_results(dry_run_report(plan, jobs, cache, settings))
+        print_results(dry_run_report(plan, jobs, cache, cache.pace(architecture), settings))
         return
     check_output(settings)
     made_before = {"scalesim.cfg": architecture.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
     write_files(settings.run_folder, {**made_before, **topologies(plan, settings.mnk.stem)})
     if scalesim:
-        cycles, runs = simulated_cycles(jobs, scalesim, cache, settings)
+        cycles, runs = simulated_cycles(jobs, scalesim, cache, cache.pace(architecture), settings)
         made = f"{runs} simulated, {len(jobs) - runs} from the cache"
     else:
         cycles, made = {job.gemm: job.cycles for job in jobs}, "by SCALE-Sim's analytical runtime"
@@ -1214,12 +1315,14 @@ def generate(settings: Settings) -> None:
             trace = chakra_trace(plan, times, network, settings.parallel, settings.num_passes)
             stack.enter_context(staged_traces(settings.chakra_et, trace, settings.num_npus))
         write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
+    if settings.summary_csv:
+        append_summary(settings.summary_csv, plan, times, len(jobs), settings)
     seconds = time.monotonic() - started
     last = f"wrote {settings.output_file}: {len(plan)} layers, {len(jobs)} distinct GEMMs ({made}), {seconds:.1f} s"
     print_results([*result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED), last])
 
 
-def dry_run_report(plan: Plan, jobs: list[Job], cache: Cache, settings: Settings) -> list[str]:
+def dry_run_report(plan: Plan, jobs: list[Job], cache: Cache, pace: float, settings: Settings) -> list[str]:
     """Return what --dry_run shows: the plan with estimated cycles, and what a run would cost."""
     times = compute_times(plan, {job.gemm: job.cycles for job in jobs}, settings.time_unit, settings.clock_mhz)
     lines = result_table(plan, times, f"estimated {settings.time_unit}", settings.parallel == CUSTOMIZED)
@@ -1229,6 +1332,8 @@ def dry_run_report(plan: Plan, jobs: list[Job], cache: Cache, settings: Settings
         total, most = sum(job.cycles for job in new), max((job.memory for job in new), default=0)
         lines.append(f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate: {total:,} estimated cycles")
         lines.append(f"largest simulation: {most / 1e9:,.1f} GB estimated, {available_memory() / 1e9:,.1f} GB free")
+        slots = max(1, min(settings.jobs, available_memory() // max(most, 1)))
+        lines.append(f"time with --jobs={settings.jobs}: {estimated_range(new, pace, slots)} estimated")
     return lines
 
 

@@ -73,6 +73,7 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "clock_mhz": None,
         "chakra_et": None,
         "num_passes": 1,
+        "summary_csv": None,
         "dry_run": False,
         "dask_scheduler": "",
     }

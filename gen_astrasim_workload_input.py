@@ -442,12 +442,14 @@ def check_plan(plan: Plan) -> None:
     Both ASTRA-sims end silently at a collective of 0 bytes, and never at one smaller than preferred-dataset-splits.
     """
     uneven: dict[str, list[str]] = {}
-    small = []
+    small, alone = [], 0
     for layer, shards in plan:
         for dimension, size, degree, own in uneven_sizes(layer, shards):
             what = f"{dimension} = {size} does not divide by {degree}, one NPU is timed with {own}"
             uneven.setdefault(what, []).append(layer.name)
+        split = any(each.members > 1 for each in shards)
         for each in shards:
+            alone += each.collective != NO_COMM and each.members == 1 and split
             if each.collective != NO_COMM and each.bytes < 4:
                 what = f"layer {layer.name}: the {each.collective} of the {each.pass_name} pass comes to {each.bytes}"
                 if not each.bytes:
@@ -460,12 +462,8 @@ def check_plan(plan: Plan) -> None:
         warn(f"{which}: {what}")
     if len(uneven) > 8:
         warn(f"{len(uneven) - 8} more sizes do not divide")
-    alone = [shard for _, shards in plan for shard in shards if shard.collective != NO_COMM and shard.members == 1]
     if alone:
-        warn(
-            f"{len(alone)} collectives have one member: ASTRA-sim 1.0 and --chakra_et leave them out, the Text converter "
-            "for 2.x runs them over all NPUs"
-        )
+        warn(f"{alone} collectives have one member: ASTRA-sim 1.0 leaves them out, Chakra's Text converter does not")
     if small:
         warn(f"{small[0]} bytes ({len(small)} such in all): ASTRA-sim may never end at 1 to 3, try 4 or more")
 
@@ -675,8 +673,32 @@ def find_scalesim(path: Path | None, config: str) -> ScaleSim:
         version = 3 if (package / "layout_utils.py").is_file() else 2
         folder, files = package.absolute().parent, [*package.rglob("*.py")]
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8", errors="replace") for file in files}
+    config = complete_config(config, "".join(code.values()))
     digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
     return ScaleSim(version, str(folder), digest[:32], path, config)
+
+
+def complete_config(config: str, code: str) -> str:
+    """Return a config with the keys that it lacks and this SCALE-Sim's code reads, as built in; warn of them."""
+    given, built_in = (configparser.ConfigParser(interpolation=None) for _ in range(2))
+    built_in.optionxform = str  # type: ignore[assignment, method-assign]
+    built_in.read_string(BUILT_IN_CONFIG)
+    given.read_string(config)
+    read = [
+        (section, key)
+        for section in built_in.sections()
+        for key in built_in[section]
+        if re.search(f"['\"]{key}['\"]", code, re.IGNORECASE)
+    ]
+    missing = [(section, key) for section, key in read if not given.has_option(section, key)]
+    if not missing:
+        return config
+    for section, key in missing:
+        given.read_dict({section: {key: built_in[section][key]}})
+    warn(f"the config lacks {', '.join(key for _, key in missing)}, as SCALE-Sim reads: taken from the built-in one")
+    text = io.StringIO()
+    given.write(text)
+    return text.getvalue()
 
 
 def topology_row(name: str, gemm: Gemm) -> str:

@@ -120,8 +120,6 @@ def without(key: str) -> str:
             "IfmapCustomLayout is on, expected False",
             id="layout on",
         ),
-        pytest.param(without("UseRamulatorTrace"), "No option 'useramulatortrace'", id="v3 key"),
-        pytest.param(without("Ofmap"), "No option 'ofmapsramszkb'", id="v2 key"),
         pytest.param(SMALL_CONFIG.replace("Kb: 6144", "kB: x").replace("6144", "x"), "invalid literal", id="no number"),
         pytest.param(
             SMALL_CONFIG.replace("CALC", "BOTH"), "InterfaceBandwidth is 'BOTH', expected CALC or USER", id="bandwidth"
@@ -143,6 +141,33 @@ def test_a_config_that_does_not_serve(config: str, message: str, tmp_path: Path)
     assert is_one_error_line(result), result
     assert message in result.err
     assert (tmp_path / "workload.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "lacking"),
+    [
+        ("installed", without("UseRamulatorTrace"), "UseRamulatorTrace"),
+        (
+            "installed",
+            without("IfmapSramSzkB").replace("SparsitySupport: false\n", ""),
+            "IfmapSramSzkB, SparsitySupport",
+        ),
+        ("installed", without("IfmapSramSz:").replace("MemoryBanks: 1\n", ""), ""),
+        ("2.0.2", without("UseRamulatorTrace").replace("[layout]", "[other]").replace("MemoryBanks: 1\n", ""), ""),
+        ("2.0.2", without("InterfaceBandwidth"), "InterfaceBandwidth"),
+        ("2.0", without("MemoryBanks"), "MemoryBanks"),
+    ],
+)
+def test_what_a_config_lacks_comes_from_the_built_in_one(
+    version: str, config: str, lacking: str, tmp_path: Path, release: Release
+) -> None:
+    (tmp_path / "c.cfg").write_text(config)
+    table = write_table(tmp_path / "t.csv", "a,8,4,4")
+    path = [] if version == "installed" else [f"--scalesim_path={release(version)}"]
+    result = run(tmp_path, f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path)
+    warning = f"warning: the config lacks {lacking}, as SCALE-Sim reads: taken from the built-in one\n"
+    assert (result.status, result.err) == (0, warning if lacking else "")
+    assert (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")[2] == "773"
 
 
 @pytest.mark.parametrize(

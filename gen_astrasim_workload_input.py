@@ -157,9 +157,7 @@ flags.DEFINE_enum("shard_rounding", "up", ROUNDINGS, "How a size that does not d
 flags.DEFINE_integer("update_time", 100, "Cycles that ASTRA-sim adds after a collective.", 0, INT_MAX)
 flags.DEFINE_enum("time_unit", "cycles", UNITS, "What compute times are written in: cycles, ns, us (ASTRA-sim 2.x).")
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock in MHz, for --time_unit=ns and us.")
-flags.DEFINE_string(
-    "chakra_et", "", "Prefix of execution traces for ASTRA-sim 2.x: <prefix>.<npu>.et, one for each NPU."
-)
+flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x: <prefix>.<npu>.et, one for each NPU.")
 flags.DEFINE_integer("num_passes", 1, "Training steps in those traces.", 1, 1 << 20)
 flags.DEFINE_string("summary_csv", "", "A CSV file that gets a row for this run, and a header if it is new.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and what is in the cache; simulate nothing, write nothing.")
@@ -179,14 +177,13 @@ flags.register_multi_flags_validator(
     ["num_npus", "num_packages"], lambda flag: flag["num_npus"] % flag["num_packages"] == 0, "packages must divide NPUs"
 )
 flags.register_multi_flags_validator(
-    ["time_unit", "clock_mhz"],
-    lambda flag: 0 < (flag["clock_mhz"] or 0) < math.inf if flag["time_unit"] != "cycles" else not flag["clock_mhz"],
-    "expected a clock above 0 with ns and us, and none with cycles",
-)
-flags.register_multi_flags_validator(
-    ["time_unit", "chakra_et"],
-    lambda flag: not flag["chakra_et"] or flag["time_unit"] != "cycles",
-    "expected us for traces, or ns for an ASTRA-sim that reads them as that",
+    ["time_unit", "clock_mhz", "chakra_et"],
+    lambda flag: (
+        not (flag["clock_mhz"] or flag["chakra_et"])
+        if flag["time_unit"] == "cycles"
+        else 0 < (flag["clock_mhz"] or 0) < math.inf
+    ),
+    "expected ns or us with a clock above 0, or cycles without a clock and without traces",
 )
 
 
@@ -498,10 +495,11 @@ InterfaceBandwidth: CALC, UseRamulatorTrace: False
 
 
 class Architecture(NamedTuple):
-    """A SCALE-Sim config: as written, as SCALE-Sim is given it (with a run_name of ours), its array and dataflow."""
+    """A SCALE-Sim config: as written, as SCALE-Sim gets it, the keys it lacks that are built in, array and dataflow."""
 
     text: str
     scalesim_text: str
+    lacking: list[str]
     rows: int
     columns: int
     dataflow: str
@@ -510,39 +508,46 @@ class Architecture(NamedTuple):
 def read_architecture(path: Path | None, cycle_model: str = "simulated") -> Architecture:
     """Read the config at `path`, or the built-in one; UserError for what is none or does not suit the cycle model."""
     source = str(path or "the built-in config")
-    config = configparser.ConfigParser(interpolation=None)
+    given, config = (configparser.ConfigParser(interpolation=None) for _ in range(2))
+    config.read_string(BUILT_IN_CONFIG)
     written = io.StringIO()
     try:
         text = path.read_bytes().decode("utf-8-sig") if path else BUILT_IN_CONFIG
-        config.read_string(text, source)
+        given.read_string(text, source)
+        lacking = [
+            key for section in config.sections() for key in config[section] if not given.has_option(section, key)
+        ]
+        config.read_dict(given)
         config["general"] = {"run_name": "gemm"}  # it becomes part of a path, and with v1 of a shell command
         config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it; the topology is ours
         config.write(written)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config: sections of keys and values") from None
-    preset = partial(config.get, "architecture_presets", fallback="")
-    rows, columns = whole_number(preset("ArrayHeight")), whole_number(preset("ArrayWidth"))
+    preset = partial(given.get, "architecture_presets", fallback="")
+    rows, columns, dataflow = (
+        whole_number(preset("ArrayHeight")),
+        whole_number(preset("ArrayWidth")),
+        preset("Dataflow"),
+    )
     if rows < 1 or columns < 1:
         raise UserError(f"{source}: ArrayHeight or ArrayWidth is missing or wrong, expected whole numbers >= 1")
-    dataflow = preset("Dataflow")
     if dataflow not in ("os", "ws", "is"):
         raise UserError(f"{source}: Dataflow is {quoted(dataflow)}, expected os, ws or is")
     check_modes(source, config, cycle_model)
-    return Architecture(text, written.getvalue(), rows, columns, dataflow)
+    return Architecture(text, written.getvalue(), lacking, rows, columns, dataflow)
 
 
 def check_modes(source: str, config: configparser.ConfigParser, cycle_model: str) -> None:
     """Refuse the modes of SCALE-Sim that do not suit the table or the cycle model; warn where that is a bound."""
-    bandwidth = config.get("run_presets", "InterfaceBandwidth", fallback="CALC")
+    bandwidth = config["run_presets"]["InterfaceBandwidth"]
     if bandwidth not in ("CALC", "USER"):
         raise UserError(f"{source}: InterfaceBandwidth is {quoted(bandwidth)}, expected CALC or USER")
     for key in ("IfmapCustomLayout", "FilterCustomLayout"):
-        if config.get("layout", key, fallback="false").lower() not in ("false", "no", "off", "0"):
+        if config["layout"][key].lower() not in ("false", "no", "off", "0"):
             raise UserError(f"{source}: {key} is on, expected False: a layout is for one GEMM, and there are many")
-    sparse, optimized = (
-        config.get("sparsity", key, fallback="").lower() == "true" for key in ("SparsitySupport", "OptimizedMapping")
-    )
-    if sparse and (cycle_model == "analytical" or not optimized):
+    sparsity = config["sparsity"]
+    optimized = sparsity.get("OptimizedMapping", "").lower() == "true"
+    if sparsity["SparsitySupport"].lower() == "true" and (cycle_model == "analytical" or not optimized):
         raise UserError(
             f"{source}: SparsitySupport is true, expected false, or OptimizedMapping: true with it and SCALE-Sim: the "
             "analytical model knows no sparsity, and the table of layers has no ratios"
@@ -657,8 +662,11 @@ class Simulation(NamedTuple):
     files: dict[str, str]
 
 
-def find_scalesim(path: Path | None, config: str) -> ScaleSim:
-    """Find the SCALE-Sim at `path`, told apart by its files, or the installed one; UserError where there is none."""
+def find_scalesim(path: Path | None, config: str, lacking: Sequence[str] = ()) -> ScaleSim:
+    """Find the SCALE-Sim at `path`, told apart by its files, or the installed one; UserError where there is none.
+
+    Warns of the keys that its config was lacking, of those that it reads.
+    """
     if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
         version, folder, files = 1, path, [*path.glob("*.py")]
     else:
@@ -673,32 +681,10 @@ def find_scalesim(path: Path | None, config: str) -> ScaleSim:
         version = 3 if (package / "layout_utils.py").is_file() else 2
         folder, files = package.absolute().parent, [*package.rglob("*.py")]
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8", errors="replace") for file in files}
-    config = complete_config(config, "".join(code.values()))
+    if read := [key for key in lacking if re.search(f"['\"]{key}['\"]", "".join(code.values()), re.IGNORECASE)]:
+        warn(f"--scalesim_config lacks {', '.join(read)}, which this SCALE-Sim reads: taken from the built-in config")
     digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
     return ScaleSim(version, str(folder), digest[:32], path, config)
-
-
-def complete_config(config: str, code: str) -> str:
-    """Return a config with the keys that it lacks and this SCALE-Sim's code reads, as built in; warn of them."""
-    given, built_in = (configparser.ConfigParser(interpolation=None) for _ in range(2))
-    built_in.optionxform = str  # type: ignore[assignment, method-assign]
-    built_in.read_string(BUILT_IN_CONFIG)
-    given.read_string(config)
-    read = [
-        (section, key)
-        for section in built_in.sections()
-        for key in built_in[section]
-        if re.search(f"['\"]{key}['\"]", code, re.IGNORECASE)
-    ]
-    missing = [(section, key) for section, key in read if not given.has_option(section, key)]
-    if not missing:
-        return config
-    for section, key in missing:
-        given.read_dict({section: {key: built_in[section][key]}})
-    warn(f"the config lacks {', '.join(key for _, key in missing)}, as SCALE-Sim reads: taken from the built-in one")
-    text = io.StringIO()
-    given.write(text)
-    return text.getvalue()
 
 
 def topology_row(name: str, gemm: Gemm) -> str:
@@ -759,6 +745,9 @@ def reported_cycles(files: dict[str, str], version: int) -> int | None:
 
 
 # --- Each distinct GEMM once: cached, and side by side
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError)
+
+
 class Cache:
     """Finished simulations of one SCALE-Sim and config: <cache_dir>/<hash of both>/<M>x<N>x<K>.json."""
 
@@ -775,7 +764,7 @@ class Cache:
             files, cycles = entry["files"], reported_cycles(entry["files"], self.version)
             trusted = all(re.fullmatch(r"\w[\w.-]{0,99}", name) and text.encode() for name, text in files.items())
             return (cycles, files) if cycles and trusted and entry["gemm"] == str(gemm) else None
-        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        except UNREADABLE:
             return None  # simulated again, and replaced
 
     def store(self, gemm: Gemm, simulation: Simulation) -> None:
@@ -792,7 +781,7 @@ class Cache:
         """Return how many times their estimated seconds up to 100 finished simulations took; 1 where there are none."""
         took = estimated = 0.0
         for file in itertools.islice(self.folder.glob("*.json") if self.folder else (), 100):
-            with suppress(OSError, ValueError, TypeError, KeyError):
+            with suppress(*UNREADABLE):
                 entry = json.loads(file.read_bytes())
                 gemm, seconds = Gemm(*map(int, entry["gemm"].split("x"))), float(entry["seconds"])
                 took, estimated = took + seconds, estimated + estimated_seconds(gemm, architecture)
@@ -973,10 +962,12 @@ def simulated_cycles(
             f"({len(too_large)} such in all): it may be killed; --cycle_model=analytical needs no simulation"
         )
     tqdm.monitor_interval = 0  # the bar is moved here, each second
-    total, layout = sum(job.seconds for job in new), "{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
+    total, layout = sum(job.seconds for job in new), "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
     try:
-        with pool as submit, tqdm(total=total, bar_format=layout, disable=None, leave=False) as bar:
-            bar.set_description_str(f"GEMM 1/{len(new)}")
+        with (
+            pool as submit,
+            tqdm(total=total, desc=f"1/{len(new)}", bar_format=layout, disable=None, leave=False) as bar,
+        ):
             bar.set_postfix_str(f"estimated {estimated_range(new, pace, slots)}")
             for running, finished in run_side_by_side(submit, new, slots, memory):
                 for job, future in finished.items():
@@ -987,7 +978,7 @@ def simulated_cycles(
                     bar.update(job.seconds)
                 left = duration(pace * (total - bar.n) / min(slots, len(running) or 1))
                 bar.set_description_str(
-                    f"GEMM {len(new) - len(jobs) + len(cycles) + len(running)}/{len(new)}", refresh=False
+                    f"{len(new) - len(jobs) + len(cycles) + len(running)}/{len(new)}", refresh=False
                 )
                 bar.set_postfix_str(f"about {left} left, {running[0].gemm}, {running[0].first_use}" if running else "")
     except KeyboardInterrupt:
@@ -1141,25 +1132,13 @@ def check_output(settings: Settings) -> None:
 
 
 # --- Execution traces for ASTRA-sim 2.x
-# The messages of MLCommons Chakra, as far as a trace uses them: of each field the number and the type, * if repeated.
-CHAKRA_MESSAGES = {
-    "GlobalMetadata": {"version": (1, "string")},
-    "BoolList": {"values": (1, "bool*")},
-    "AttributeProto": {
-        "name": (1, "string"),
-        "int64_val": (9, "int64"),
-        "bool_val": (27, "bool"),
-        "bool_list": (28, "BoolList"),
-    },
-    "Node": {
-        "id": (1, "uint64"),
-        "name": (2, "string"),
-        "type": (3, "int32"),
-        "data_deps": (5, "uint64*"),
-        "duration_micros": (7, "uint64"),
-        "attr": (10, "AttributeProto*"),
-    },
-}
+# The messages of MLCommons Chakra, as far as a trace uses them: field=number:type, and * where it is repeated.
+CHAKRA_MESSAGES = """\
+GlobalMetadata version=1:string
+BoolList values=1:bool*
+AttributeProto name=1:string int64_val=9:int64 bool_val=27:bool bool_list=28:BoolList
+Node id=1:uint64 name=2:string type=3:int32 data_deps=5:uint64* duration_micros=7:uint64 attr=10:AttributeProto*
+"""
 COMP_NODE, COMM_COLL_NODE = 4, 7
 
 
@@ -1169,12 +1148,11 @@ def chakra_messages() -> dict[str, Any]:
 
     # By proto2's rules a value that is set is written also where it is 0 or false, as in Chakra's oneof.
     file = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
-    for message, fields in CHAKRA_MESSAGES.items():
+    for message, *fields in map(str.split, CHAKRA_MESSAGES.splitlines()):
         declared = file.message_type.add(name=message)
-        for name, (number, kind) in fields.items():
-            field = declared.field.add(name=name, number=number, label=3 if kind.endswith("*") else 1)
-            kind = kind.rstrip("*")
-            if kind in CHAKRA_MESSAGES:
+        for name, number, kind, repeated in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", " ".join(fields)):
+            field = declared.field.add(name=name, number=int(number), label=3 if repeated else 1)
+            if kind[0].isupper():
                 field.type_name = kind
             else:
                 field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
@@ -1316,7 +1294,7 @@ def generate(settings: Settings) -> None:
     architecture = read_architecture(settings.scalesim_config, settings.cycle_model)
     scalesim, cache = None, Cache(None, 0)
     if settings.cycle_model == "simulated":
-        scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text)
+        scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text, architecture.lacking)
         cache = Cache(settings.cache_dir and settings.cache_dir / scalesim.digest, scalesim.version)
     jobs = distinct_jobs(plan, architecture, on_disk=cache.version == 1)
     if settings.dry_run:

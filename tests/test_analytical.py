@@ -44,7 +44,7 @@ def test_equal_to_scalesim(mode: str, version: str, release: Callable[[str], Pat
         with tempfile.TemporaryDirectory() as folder:
             chosen = architecture(Path(folder), array, dataflow, mode)
         scalesim = tool.find_scalesim(path, chosen.scalesim_text)
-        status, files = tool.simulate(scalesim, gemm)
+        status, _, files = tool.simulate(scalesim, gemm)
         assert status == 0, files
         header, row, *_ = csv.reader(io.StringIO(files["COMPUTE_REPORT.csv"]), skipinitialspace=True)
         stalls = int(float(row[header.index("Stall Cycles")])) if mode == "USER" else 0

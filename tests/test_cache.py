@@ -132,13 +132,17 @@ def test_an_unreadable_entry_is_simulated_again_and_replaced(
     run(tmp_path, *base)
     expected = (tmp_path / "workload.txt").read_bytes()
     entry = entries(tmp_path / "cache")[3]
-    whole = entry.read_bytes()
+    whole = json.loads(entry.read_bytes())
     entry.write_bytes(
-        damage if isinstance(damage, bytes) else json.dumps({"gemm": entry.stem, "files": damage}).encode()
+        damage
+        if isinstance(damage, bytes)
+        else json.dumps({"gemm": entry.stem, "seconds": 1, "files": damage}).encode()
     )
     again = run(tmp_path, *base)
     assert (again.status, simulated(again.out)) == (0, 1)
-    assert entry.read_bytes() == whole
+    mended = json.loads(entry.read_bytes())
+    assert {**mended, "seconds": 0} == {**whole, "seconds": 0}
+    assert 0 < mended["seconds"] < 60
     assert (tmp_path / "workload.txt").read_bytes() == expected
     assert not list(tmp_path.rglob("x"))
 
@@ -306,7 +310,7 @@ def test_no_simulation_outlives_a_killed_run(tmp_path: Path, base: list[str]) ->
 
 def test_no_more_begins_than_fits_in_memory() -> None:
     jobs = [
-        tool.Job(tool.Gemm(1, 1, size), "layer x, forward pass", cycles, memory)
+        tool.Job(tool.Gemm(1, 1, size), "layer x, forward pass", cycles, memory, 1.0)
         for size, cycles, memory in ((1, 90, 500), (2, 80, 60), (3, 70, 60), (4, 60, 30), (5, 50, 30), (6, 40, 10))
     ]
     began: list[int] = []
@@ -318,7 +322,7 @@ def test_no_more_begins_than_fits_in_memory() -> None:
         most.append(sum(now))
         time.sleep(0.05)
         now.remove(job.memory)
-        return tool.Simulation(0, {})
+        return tool.Simulation(0, 0.1, {})
 
     with ThreadPoolExecutor(8) as pool:
 
@@ -363,7 +367,7 @@ def test_estimated_memory_is_what_was_measured() -> None:
         (128, "ws", tool.Gemm(1024, 1024, 1024)): 963645440,
     }
     for (size, dataflow, gemm), peak in measured.items():
-        array = tool.Architecture("", "", size, size, dataflow)
+        array = tool.Architecture("", "", [], size, size, dataflow)
         assert 1 <= tool.estimated_memory(gemm, array) / peak <= 1.2
 
 

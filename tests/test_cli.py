@@ -270,7 +270,7 @@ def test_what_was_given_to_read_is_not_overwritten(given: str, tmp_path: Path) -
     before = (tmp_path / name).read_text()
     (tmp_path / "link").symlink_to(name)
     result = run(tmp_path, FAST, f"--mnk={table}", "--scalesim_config=c.cfg", "--output_file=link")
-    assert result.err == f"error: --output_file={tmp_path}/link is what was given to read, expected another file\n"
+    assert result.err == f"error: {tmp_path}/link is what was given to read, expected another file to write\n"
     assert (tmp_path / name).read_text() == before
 
 
@@ -297,13 +297,14 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     lines = result.out.splitlines()
     assert lines[0].split() == "layer pass GEMM of one NPU estimated cycles collective bytes".split()
     assert lines[1].split()[:4] == ["MLP_Bottom_0", "*", "forward", "256x11x512"]
-    assert lines[-3] == "dry run: 7 layers, 12 distinct GEMMs of 21, nothing written"
+    assert lines[-4] == "dry run: 7 layers, 12 distinct GEMMs of 21, nothing written"
     total = sum(
         tool.estimated_cycles(tool.Gemm(*map(int, gemm.split("x"))), tool.read_architecture(None))
         for gemm in set(re.findall(r"\d+x\d+x\d+", result.out))
     )
-    assert lines[-2] == f"0 in the cache, 12 to simulate: {total:,} estimated cycles"
-    assert re.fullmatch(r"largest simulation: \d\.\d GB estimated, \d+\.\d GB free", lines[-1])
+    assert lines[-3] == f"0 in the cache, 12 to simulate: {total:,} estimated cycles"
+    assert re.fullmatch(r"largest simulation: \d\.\d GB estimated, \d+\.\d GB free", lines[-2])
+    assert re.fullmatch(r"time with --jobs=\d+: \d+ s to \d+ s estimated", lines[-1])
 
 
 def test_dry_run_of_the_analytical_model(tmp_path: Path) -> None:
@@ -329,5 +330,6 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path) -> None:
             pass  # the terminal's end
     os.close(main_end)
     assert running.returncode == 0
-    assert b"cycle/s" in seen
+    assert b"GEMM 1/" in seen
+    assert b" left" in seen
     assert b", layer a, " in seen

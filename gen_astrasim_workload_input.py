@@ -245,6 +245,10 @@ GEMM = ("m", "n", "k")
 CONVOLUTION = ("ifmap height", "ifmap width", "filter height", "filter width", "channels", "num filter", "strides")
 ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
 OWN_STRATEGY = "customizedparallelization"
+HEADERS = (
+    "Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides, "
+    "each perhaps with CustomizedParallelization"
+)
 
 
 class Layer(NamedTuple):
@@ -303,10 +307,7 @@ def _columns(where: str, names: list[str], sizes: tuple[str, ...], parallel: str
     columns = {name: place for place, name in enumerate(names) if name in read}
     others = [name for name in names if name and columns.get(name) != names.index(name)]  # unknown, or there twice
     if {"layer", *sizes} - columns.keys() or (others and sizes == GEMM) or columns.keys() & {*others}:
-        expected = (
-            "Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
-        )
-        raise UserError(f"{where}: header {quoted(','.join(names))}, expected {expected}[,CustomizedParallelization]")
+        raise UserError(f"{where}: header {quoted(','.join(names))}, expected {HEADERS}")
     if changes := {"sparsity", "batch size"} & {*others}:
         raise UserError(f"{where}: column {min(changes)} changes the work, expected a table without it")
     if parallel == CUSTOMIZED and OWN_STRATEGY not in columns:
@@ -450,9 +451,7 @@ def check_plan(plan: Plan) -> None:
             if each.collective != NO_COMM and each.bytes < 4:
                 what = f"layer {layer.name}: the {each.collective} of the {each.pass_name} pass comes to {each.bytes}"
                 if not each.bytes:
-                    raise UserError(
-                        f"{layer.where}: {what} bytes, at which ASTRA-sim stops; expected one an NPU or more"
-                    )
+                    raise UserError(f"{layer.where}: {what} bytes, where ASTRA-sim stops; expected one an NPU or more")
                 small.append(what)
     for what, names in list(uneven.items())[:8]:
         which = ", ".join(names[:8]) + (f" and {len(names) - 8} more layers" if len(names) > 8 else "")
@@ -798,23 +797,18 @@ class Job(NamedTuple):
     seconds: float
 
 
-def distinct_jobs(plan: Plan, architecture: Architecture, on_disk: bool) -> list[Job]:
-    """Return each distinct GEMM of a plan, the longest first, so that none is left alone at the end.
-
-    `on_disk` says that this SCALE-Sim keeps its traces there, as v1 does, and needs little memory for any GEMM.
-    """
-    jobs: dict[Gemm, Job] = {}
+def distinct_jobs(plan: Plan, architecture: Architecture, version: int) -> list[Job]:
+    """Return each distinct GEMM of a plan, the longest first, so that none is left alone at the end."""
+    uses: dict[Gemm, str] = {}
     for layer, shards in plan:
         for shard in shards:
-            if shard.gemm not in jobs:
-                first_use = f"layer {layer.name}, {shard.pass_name} pass"
-                memory = 60_000_000 if on_disk else estimated_memory(shard.gemm, architecture)
-                cycles, seconds = (
-                    estimated_cycles(shard.gemm, architecture),
-                    estimated_seconds(shard.gemm, architecture),
-                )
-                jobs[shard.gemm] = Job(shard.gemm, first_use, cycles, memory, seconds)
-    return sorted(jobs.values(), key=lambda job: job.cycles, reverse=True)
+            uses.setdefault(shard.gemm, f"layer {layer.name}, {shard.pass_name} pass")
+    jobs = []
+    for gemm, first_use in uses.items():
+        memory = 60_000_000 if version == 1 else estimated_memory(gemm, architecture)  # v1 keeps its traces on disk
+        cycles, seconds = estimated_cycles(gemm, architecture), estimated_seconds(gemm, architecture)
+        jobs.append(Job(gemm, first_use, cycles, memory, seconds))
+    return sorted(jobs, key=lambda job: job.cycles, reverse=True)
 
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -934,7 +928,7 @@ def estimated_range(jobs: list[Job], pace: float, slots: int) -> str:
 
 
 def simulated_cycles(
-    jobs: list[Job], scalesim: ScaleSim, cache: Cache, pace: float, settings: Settings
+    jobs: list[Job], scalesim: ScaleSim, cache: Cache, architecture: Architecture, settings: Settings
 ) -> tuple[dict[Gemm, int], int]:
     """Return the cycles of each GEMM by SCALE-Sim, and for how many it was run.
 
@@ -949,6 +943,7 @@ def simulated_cycles(
             new.append(job)
     if not new:
         return cycles, 0
+    pace = cache.pace(architecture)
     if settings.dask_scheduler:
         pool = dask_pool(settings.dask_scheduler, scalesim)
         slots, memory = len(new), math.inf  # workers take one simulation a thread, and know their own memory
@@ -964,10 +959,8 @@ def simulated_cycles(
     tqdm.monitor_interval = 0  # the bar is moved here, each second
     total, layout = sum(job.seconds for job in new), "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
     try:
-        with (
-            pool as submit,
-            tqdm(total=total, desc=f"1/{len(new)}", bar_format=layout, disable=None, leave=False) as bar,
-        ):
+        bar = tqdm(total=total, desc=f"1/{len(new)}", bar_format=layout, disable=None, leave=False)
+        with pool as submit, bar:
             bar.set_postfix_str(f"estimated {estimated_range(new, pace, slots)}")
             for running, finished in run_side_by_side(submit, new, slots, memory):
                 for job, future in finished.items():
@@ -977,9 +970,8 @@ def simulated_cycles(
                     write_files(folder, simulation.files)
                     bar.update(job.seconds)
                 left = duration(pace * (total - bar.n) / min(slots, len(running) or 1))
-                bar.set_description_str(
-                    f"{len(new) - len(jobs) + len(cycles) + len(running)}/{len(new)}", refresh=False
-                )
+                begun = len(new) - len(jobs) + len(cycles) + len(running)
+                bar.set_description_str(f"{begun}/{len(new)}", refresh=False)
                 bar.set_postfix_str(f"about {left} left, {running[0].gemm}, {running[0].first_use}" if running else "")
     except KeyboardInterrupt:
         where = f"cached in {cache.folder}" if cache.folder else "lost: there is no cache"
@@ -1066,20 +1058,24 @@ def topologies(plan: Plan, stem: str) -> dict[str, str]:
     return files
 
 
-LAYERS_HEADER = ("layer", "strategy", "dp", "mp", "pass", "M", "N", "K", "cycles", "collective", "bytes", "members")
+def csv_text(*rows: Iterable[Any]) -> str:
+    """Return rows as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+LAYERS = ("layer", "strategy", "dp", "mp", "pass", "M", "N", "K", "cycles", "collective", "bytes", "members")
 
 
 def layers_table(plan: Plan, cycles: dict[Gemm, int]) -> str:
     """Return a table, as CSV, of what one NPU does in each pass of each layer."""
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(LAYERS_HEADER)
+    rows: list[Iterable[Any]] = [LAYERS]
     for layer, shards in plan:
-        degrees = (shards[2].members, shards[0].members)
+        whole = (layer.name, layer.strategy, shards[2].members, shards[0].members)
         for pass_name, gemm, collective, size, _, members in shards:
-            row = (layer.name, layer.strategy, *degrees, pass_name, *gemm, cycles[gemm], collective, size, members)
-            rows.writerow(row)
-    return table.getvalue()
+            rows.append((*whole, pass_name, *gemm, cycles[gemm], collective, size, members))
+    return csv_text(*rows)
 
 
 SUMMARY = [
@@ -1099,11 +1095,8 @@ def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemm
     values += [*compute, sum(compute), *itertools.chain(*collectives), distinct_gemms, settings.output_file]
     with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: who finds the file empty writes the header
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [values] if os.fstat(file.fileno()).st_size else [SUMMARY, values]
-        )
-        file.write(text.getvalue())
+        header = [] if os.fstat(file.fileno()).st_size else [SUMMARY]
+        file.write(csv_text(*header, values))
 
 
 def check_output(settings: Settings) -> None:
@@ -1123,9 +1116,7 @@ def check_output(settings: Settings) -> None:
         with settings.summary_csv.open(encoding="utf-8", errors="surrogateescape") as file:
             header = file.readline().strip()
         if header not in ("", ",".join(SUMMARY)):
-            raise UserError(
-                f"{settings.summary_csv}:1: header {quoted(header)}, expected that of a summary, or no file"
-            )
+            raise UserError(f"{settings.summary_csv}:1: header {quoted(header)}, expected a summary's, or no file")
     for needed in (*folders, *paths):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
@@ -1296,15 +1287,15 @@ def generate(settings: Settings) -> None:
     if settings.cycle_model == "simulated":
         scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text, architecture.lacking)
         cache = Cache(settings.cache_dir and settings.cache_dir / scalesim.digest, scalesim.version)
-    jobs = distinct_jobs(plan, architecture, on_disk=cache.version == 1)
+    jobs = distinct_jobs(plan, architecture, cache.version)
     if settings.dry_run:
-        print_results(dry_run_report(plan, jobs, cache, cache.pace(architecture), settings))
+        print_results(dry_run_report(plan, jobs, cache, architecture, settings))
         return
     check_output(settings)
     made_before = {"scalesim.cfg": architecture.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
     write_files(settings.run_folder, {**made_before, **topologies(plan, settings.mnk.stem)})
     if scalesim:
-        cycles, runs = simulated_cycles(jobs, scalesim, cache, cache.pace(architecture), settings)
+        cycles, runs = simulated_cycles(jobs, scalesim, cache, architecture, settings)
         made = f"{runs} simulated, {len(jobs) - runs} from the cache"
     else:
         cycles, made = {job.gemm: job.cycles for job in jobs}, "by SCALE-Sim's analytical runtime"
@@ -1322,7 +1313,9 @@ def generate(settings: Settings) -> None:
     print_results([*result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED), last])
 
 
-def dry_run_report(plan: Plan, jobs: list[Job], cache: Cache, pace: float, settings: Settings) -> list[str]:
+def dry_run_report(
+    plan: Plan, jobs: list[Job], cache: Cache, architecture: Architecture, settings: Settings
+) -> list[str]:
     """Return what --dry_run shows: the plan with estimated cycles, and what a run would cost."""
     times = compute_times(plan, {job.gemm: job.cycles for job in jobs}, settings.time_unit, settings.clock_mhz)
     lines = result_table(plan, times, f"estimated {settings.time_unit}", settings.parallel == CUSTOMIZED)
@@ -1333,7 +1326,9 @@ def dry_run_report(plan: Plan, jobs: list[Job], cache: Cache, pace: float, setti
         lines.append(f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate: {total:,} estimated cycles")
         lines.append(f"largest simulation: {most / 1e9:,.1f} GB estimated, {available_memory() / 1e9:,.1f} GB free")
         slots = max(1, min(settings.jobs, available_memory() // max(most, 1)))
-        lines.append(f"time with --jobs={settings.jobs}: {estimated_range(new, pace, slots)} estimated")
+        lines.append(
+            f"time with --jobs={settings.jobs}: {estimated_range(new, cache.pace(architecture), slots)} estimated"
+        )
     return lines
 
 

@@ -77,7 +77,7 @@ def test_a_collective_of_0_bytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(tool.UserError) as error:
         check(tmp_path, [layer_of("t.csv:7", "tiny", 3, 2, 9, "MODEL")], datatype_size=2)
     assert str(error.value) == (
-        "t.csv:7: layer tiny: the ALLGATHER of the forward pass comes to 0 bytes, at which ASTRA-sim stops; "
+        "t.csv:7: layer tiny: the ALLGATHER of the forward pass comes to 0 bytes, where ASTRA-sim stops; "
         "expected one an NPU or more"
     )
 

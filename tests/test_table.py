@@ -55,8 +55,8 @@ def test_blanks_in_a_name_become_underscores_with_a_warning(tmp_path: Path, caps
 
 
 HEADERS = (
-    "expected Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
-    "[,CustomizedParallelization]"
+    "expected Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides, "
+    "each perhaps with CustomizedParallelization"
 )
 
 

@@ -1099,24 +1099,32 @@ def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemm
         file.write(csv_text(*header, values))
 
 
+def check_summary(path: Path) -> None:
+    """Refuse a summary that has another header."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            header = file.readline().strip()
+        if header not in ("", ",".join(SUMMARY)):
+            raise UserError(f"{path}:1: header {quoted(header)}, expected a summary's, or no file")
+
+
 def check_output(settings: Settings) -> None:
     """Make the folders of what will be written, and refuse now what could not be written after hours."""
-    traces = [trace_path(settings.chakra_et, 0)] if settings.chakra_et else []
+    traces = [trace_path(settings.chakra_et, 0)] if settings.chakra_et and chakra_messages() else []
     paths = [settings.output_file, *traces, *([settings.summary_csv] if settings.summary_csv else [])]
     folders = [settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)]  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+    if len({*paths}) < len(paths):
+        raise UserError(f"{paths[-1]} is to be written twice, expected another file for each output")
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file to write")
         for given in (settings.mnk, settings.scalesim_config):
             if given and path.is_file() and path.samefile(given):
                 raise UserError(f"{path} is what was given to read, expected another file to write")
-    if settings.summary_csv and settings.summary_csv.is_file():
-        with settings.summary_csv.open(encoding="utf-8", errors="surrogateescape") as file:
-            header = file.readline().strip()
-        if header not in ("", ",".join(SUMMARY)):
-            raise UserError(f"{settings.summary_csv}:1: header {quoted(header)}, expected a summary's, or no file")
+    if settings.summary_csv:
+        check_summary(settings.summary_csv)
     for needed in (*folders, *paths):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
@@ -1134,8 +1142,11 @@ COMP_NODE, COMM_COLL_NODE = 4, 7
 
 
 def chakra_messages() -> dict[str, Any]:
-    """Return the class of each of Chakra's messages."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    """Return the class of each of Chakra's messages; UserError where there is no protobuf."""
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    except ImportError:
+        raise UserError("--chakra_et needs protobuf, expected: pip install -r requirements.txt") from None
 
     # By proto2's rules a value that is set is written also where it is 0 or false, as in Chakra's oneof.
     file = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
@@ -1164,16 +1175,11 @@ def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel:
     serialize_length_prefixed(messages["GlobalMetadata"](version="0.0.4"), trace)
 
     def add(name: str, after: list[int], attributes: dict[str, Any], **fields: int) -> list[int]:
-        attr = [
-            {"name": "is_cpu_op", "bool_val": False},
-            *({"name": key, **value} for key, value in attributes.items()),
-        ]
+        attr = [{"name": key, **value} for key, value in {"is_cpu_op": {"bool_val": False}, **attributes}.items()]
         try:
             node = messages["Node"](id=next(ids), name=name, data_deps=dict.fromkeys(after), attr=attr, **fields)
         except ValueError:
-            raise UserError(
-                f"--chakra_et: {name}: a time or size does not fit into 64 bits, as a trace has it"
-            ) from None
+            raise UserError(f"--chakra_et: the time or size of {name} is too large for 64 bits") from None
         serialize_length_prefixed(node, trace)
         return [node.id]
 
@@ -1326,9 +1332,8 @@ def dry_run_report(
         lines.append(f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate: {total:,} estimated cycles")
         lines.append(f"largest simulation: {most / 1e9:,.1f} GB estimated, {available_memory() / 1e9:,.1f} GB free")
         slots = max(1, min(settings.jobs, available_memory() // max(most, 1)))
-        lines.append(
-            f"time with --jobs={settings.jobs}: {estimated_range(new, cache.pace(architecture), slots)} estimated"
-        )
+        took = estimated_range(new, cache.pace(architecture), slots)
+        lines.append(f"time with --jobs={settings.jobs}: {took} estimated")
     return lines
 
 

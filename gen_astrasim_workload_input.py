@@ -1110,9 +1110,10 @@ def check_summary(path: Path) -> None:
 
 def check_output(settings: Settings) -> None:
     """Make the folders of what will be written, and refuse now what could not be written after hours."""
-    traces = [trace_path(settings.chakra_et, 0)] if settings.chakra_et and chakra_messages() else []
+    npus = settings.num_npus if settings.chakra_et and chakra_messages() else 0
+    traces = [trace_path(settings.chakra_et, npu) for npu in range(npus) if settings.chakra_et]
     paths = [settings.output_file, *traces, *([settings.summary_csv] if settings.summary_csv else [])]
-    folders = [settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)]  # a link stays a link
+    folders = {settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)}  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     if len({*paths}) < len(paths):

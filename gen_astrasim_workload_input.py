@@ -40,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -168,6 +169,9 @@ for _name in (*PATHS, "run_name"):
     flags.register_validator(_name, lambda text: "\0" not in (text or ""), "a NUL character, expected none in a path")
 for _name in ("mnk", "output_file"):
     flags.register_validator(_name, bool, "expected a path")
+flags.register_validator(
+    "chakra_et", lambda text: not text or Path(text).name not in ("", ".."), "expected how file names begin"
+)
 flags.register_validator(
     "run_name",
     lambda name: name is None or (Path(name).parts and not {"/", ".."} & set(Path(name).parts)),
@@ -1116,8 +1120,9 @@ def check_output(settings: Settings) -> None:
     folders = {settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)}  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    if len({*paths}) < len(paths):
-        raise UserError(f"{paths[-1]} is to be written twice, expected another file for each output")
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path} is to be written twice, expected another file for each output")
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file to write")
@@ -1142,10 +1147,11 @@ Node id=1:uint64 name=2:string type=3:int32 data_deps=5:uint64* duration_micros=
 COMP_NODE, COMM_COLL_NODE = 4, 7
 
 
-def chakra_messages() -> dict[str, Any]:
-    """Return the class of each of Chakra's messages; UserError where there is no protobuf."""
+def chakra_messages() -> tuple[dict[str, Any], Callable[[Any, io.BytesIO], None]]:
+    """Return the class of each of Chakra's messages, and what writes one; UserError where there is no protobuf."""
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+        from google.protobuf.proto import serialize_length_prefixed
     except ImportError:
         raise UserError("--chakra_et needs protobuf, expected: pip install -r requirements.txt") from None
 
@@ -1161,7 +1167,7 @@ def chakra_messages() -> dict[str, Any]:
                 field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return dict(message_factory.GetMessageClassesForFiles(["chakra.proto"], pool))
+    return message_factory.GetMessageClassesForFiles(["chakra.proto"], pool), serialize_length_prefixed
 
 
 def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel: str, num_passes: int) -> bytes:
@@ -1170,10 +1176,8 @@ def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel:
     A collective runs in its own dimensions of the network, of which those of size 1 are none; with one member it is
     left out, as ASTRA-sim ends silently at one. UserError where a time or a size does not fit into 64 bits.
     """
-    from google.protobuf.proto import serialize_length_prefixed
-
-    messages, trace, ids = chakra_messages(), io.BytesIO(), itertools.count()
-    serialize_length_prefixed(messages["GlobalMetadata"](version="0.0.4"), trace)
+    (messages, write), trace, ids = chakra_messages(), io.BytesIO(), itertools.count()
+    write(messages["GlobalMetadata"](version="0.0.4"), trace)
 
     def add(name: str, after: list[int], attributes: dict[str, Any], **fields: int) -> list[int]:
         attr = [{"name": key, **value} for key, value in {"is_cpu_op": {"bool_val": False}, **attributes}.items()]
@@ -1181,7 +1185,7 @@ def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel:
             node = messages["Node"](id=next(ids), name=name, data_deps=dict.fromkeys(after), attr=attr, **fields)
         except ValueError:
             raise UserError(f"--chakra_et: the time or size of {name} is too large for 64 bits") from None
-        serialize_length_prefixed(node, trace)
+        write(node, trace)
         return [node.id]
 
     def compute(layer: Layer, shard: PassShard, after: list[int]) -> list[int]:
@@ -1308,13 +1312,13 @@ def generate(settings: Settings) -> None:
         cycles, made = {job.gemm: job.cycles for job in jobs}, "by SCALE-Sim's analytical runtime"
     write_files(settings.run_folder, {"layers.csv": layers_table(plan, cycles)})
     times = compute_times(plan, cycles, settings.time_unit, settings.clock_mhz)
-    with ExitStack() as stack:  # the traces appear when the workload file has
+    with ExitStack() as stack:  # the traces appear when all else is written
         if settings.chakra_et:
             trace = chakra_trace(plan, times, network, settings.parallel, settings.num_passes)
             stack.enter_context(staged_traces(settings.chakra_et, trace, settings.num_npus))
         write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
-    if settings.summary_csv:
-        append_summary(settings.summary_csv, plan, times, len(jobs), settings)
+        if settings.summary_csv:
+            append_summary(settings.summary_csv, plan, times, len(jobs), settings)
     seconds = time.monotonic() - started
     last = f"wrote {settings.output_file}: {len(plan)} layers, {len(jobs)} distinct GEMMs ({made}), {seconds:.1f} s"
     print_results([*result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED), last])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +48,22 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
 def layer_of(where: str, name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
     """Return a layer that is a GEMM."""
     return tool.Layer(where, name, m, n, k, strategy, m * k)
+
+
+def seen_on_a_terminal(folder: Path, *flags: str) -> str:
+    """Run the script with stderr on a terminal; return what is written there."""
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # tqdm shows none on 0 columns
+    command = [sys.executable, str(SCRIPT), *flags]
+    seen = b""
+    with subprocess.Popen(command, cwd=folder, stderr=terminal, stdout=subprocess.DEVNULL) as running:
+        os.close(terminal)
+        with suppress(OSError):  # the terminal's end
+            while chunk := os.read(main_end, 1000):
+                seen += chunk
+    os.close(main_end)
+    assert running.returncode == 0
+    return seen.decode()
 
 
 def shards_of(layer: tool.Layer, chosen: tool.Settings) -> list[tool.PassShard]:

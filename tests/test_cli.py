@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
 import resource
 import stat
-import struct
 import subprocess
 import sys
-import termios
 import threading
 from pathlib import Path
 
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import GOOD_REPORT, MNK_INPUTS, SCRIPT, fake_v2, is_one_error_line, read_like_astrasim, run, write_table
+from helpers import (
+    GOOD_REPORT,
+    MNK_INPUTS,
+    SCRIPT,
+    fake_v2,
+    is_one_error_line,
+    read_like_astrasim,
+    run,
+    seen_on_a_terminal,
+    write_table,
+)
 
 FAST = "--cycle_model=analytical"
 
@@ -61,6 +67,16 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
         (["--mnk=."], ": Is a directory"),
         (["--scalesim_config=missing.cfg"], "/missing.cfg: No such file or directory"),
         (["--output_file=."], " is a folder, expected a file"),
+        (["--chakra_et=/", "--time_unit=us", "--clock_mhz=1"], "flag --chakra_et=/: expected how file names begin"),
+        (["--chakra_et=..", "--time_unit=us", "--clock_mhz=1"], "flag --chakra_et=..: expected how file names begin"),
+        (
+            ["--summary_csv=s.txt", "--output_file=s.txt"],
+            "/s.txt is to be written twice, expected another file for each",
+        ),
+        (
+            ["--chakra_et=et/x", "--output_file=et/x.2.et", "--time_unit=us", "--clock_mhz=1"],
+            "/et/x.2.et is to be written twice",
+        ),
         (["--output_file=outputs/DATA"], "outputs/DATA is a folder, expected a file"),
         (["--output_file=workload.txt/x"], "/workload.txt is a file, expected a folder"),
         (["--output_file=" + "x" * 300], ": File name too long"),
@@ -317,19 +333,7 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", "a,16,4,4")
     flags = [f"--mnk={table}", "--num_npus=1", "--cache_dir="]
     assert run(tmp_path, *flags).err == ""
-    main_end, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # tqdm shows none on 0 columns
-    command = [sys.executable, str(SCRIPT), *flags]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=terminal, stdout=subprocess.DEVNULL) as running:
-        os.close(terminal)
-        seen = b""
-        try:
-            while chunk := os.read(main_end, 1000):
-                seen += chunk
-        except OSError:
-            pass  # the terminal's end
-    os.close(main_end)
-    assert running.returncode == 0
-    assert b"GEMM 1/" in seen
-    assert b" left" in seen
-    assert b", layer a, " in seen
+    seen = seen_on_a_terminal(tmp_path, *flags)
+    assert "GEMM 1/" in seen
+    assert " left" in seen
+    assert ", layer a, " in seen

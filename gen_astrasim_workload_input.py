@@ -765,7 +765,10 @@ class Cache:
         try:
             entry = json.loads((self.folder / f"{gemm}.json").read_bytes())
             files, cycles = entry["files"], reported_cycles(entry["files"], self.version)
-            trusted = all(re.fullmatch(r"\w[\w.-]{0,99}", name) and text.encode() for name, text in files.items())
+            trusted = all(
+                re.fullmatch(r"\w[\w.-]{0,99}", name) and isinstance(text.encode(), bytes)
+                for name, text in files.items()
+            )
             return (cycles, files) if cycles and trusted and entry["gemm"] == str(gemm) else None
         except UNREADABLE:
             return None  # simulated again, and replaced
@@ -787,8 +790,9 @@ class Cache:
             with suppress(*UNREADABLE):
                 entry = json.loads(file.read_bytes())
                 gemm, seconds = Gemm(*map(int, entry["gemm"].split("x"))), float(entry["seconds"])
-                took, estimated = took + seconds, estimated + estimated_seconds(gemm, architecture)
-        return took / estimated if 0 < took < math.inf else 1.0
+                if 0 < seconds < 1e9:
+                    took, estimated = took + seconds, estimated + estimated_seconds(gemm, architecture)
+        return took / estimated if took else 1.0
 
 
 class Job(NamedTuple):
@@ -1097,10 +1101,13 @@ def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemm
     if settings.minibatch == 1 and all(layer.inputs == layer.m * layer.k for layer, _ in plan):
         values[SUMMARY.index("minibatch")] = None  # a table of GEMMs
     values += [*compute, sum(compute), *itertools.chain(*collectives), distinct_gemms, settings.output_file]
-    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: who finds the file empty writes the header
-        header = [] if os.fstat(file.fileno()).st_size else [SUMMARY]
-        file.write(csv_text(*header, values))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = "\n" if file.read(1) not in (b"", b"\n") else ""  # of a row that a full disk cut off, say
+        header = [] if size else [SUMMARY]
+        file.write((torn + csv_text(*header, values)).encode("utf-8", "surrogateescape"))
 
 
 def check_summary(path: Path) -> None:
@@ -1120,9 +1127,9 @@ def check_output(settings: Settings) -> None:
     folders = {settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)}  # a link stays a link
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    path, times = Counter(paths).most_common(1)[0]
+    target, times = Counter(os.path.realpath(path) for path in paths).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{path} is to be written twice, expected another file for each output")
+        raise UserError(f"{target} is to be written twice, expected another file for each output")
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} is a folder, expected a file to write")

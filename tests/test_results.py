@@ -512,3 +512,39 @@ def test_flags_that_the_analytical_model_ignores(flag: str, tmp_path: Path) -> N
     name = flag.partition("=")[0]
     assert (result.status, result.err) == (0, f"warning: {name} has no effect with --cycle_model=analytical\n")
     assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
+
+
+# --- What is already there
+
+
+def test_a_torn_last_line_of_a_summary_is_ended_first(tmp_path: Path) -> None:
+    assert run(tmp_path, FAST, "--summary_csv=s.csv").status == 0
+    whole = (tmp_path / "s.csv").read_text()
+    (tmp_path / "s.csv").write_text(whole[:-9])
+    assert run(tmp_path, FAST, "--summary_csv=s.csv").status == 0
+    assert (tmp_path / "s.csv").read_text() == whole[:-9] + "\n" + whole.splitlines()[1] + "\n"
+
+
+def test_a_link_to_another_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("w.txt")
+    result = run(tmp_path, FAST, "--output_file=w.txt", "--summary_csv=link")
+    assert is_one_error_line(result)
+    assert "/w.txt is to be written twice" in result.err
+
+
+def test_one_entry_with_nonsense_seconds_does_not_hide_the_others(tmp_path: Path) -> None:
+    architecture, gemm = tool.read_architecture(None), tool.Gemm(8, 8, 8)
+    cache = tool.Cache(tmp_path, 3)
+    took = 5 * tool.estimated_seconds(gemm, architecture)
+    cache.store(gemm, tool.Simulation(0, took, {}))
+    for m, seconds in enumerate((math.inf, math.nan, -1.0, 1e308), 9):
+        cache.store(tool.Gemm(m, 8, 8), tool.Simulation(0, seconds, {}))
+    assert round(cache.pace(architecture), 6) == 5
+
+
+def test_a_simulation_that_said_nothing_is_served_from_the_cache(tmp_path: Path) -> None:
+    fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
+    table = write_table(tmp_path / "t.csv", "a,8,4,4")
+    flags = [f"--mnk={table}", f"--scalesim_path={fake}", f"--cache_dir={tmp_path}/cache"]
+    assert run(tmp_path, *flags).status == 0
+    assert "(0 simulated, " in run(tmp_path, *flags).out

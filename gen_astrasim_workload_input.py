@@ -929,10 +929,10 @@ def duration(seconds: float) -> str:
 
 
 def estimated_range(jobs: list[Job], pace: float, slots: int) -> str:
-    """Return between what times these simulations will take, so many at once; the formula's error is in it."""
+    """Return between what times these simulations will take, so many at once; they slow each other."""
     longest = pace * max((job.seconds for job in jobs), default=0)
     shared = pace * sum(job.seconds for job in jobs) / slots
-    return f"{duration(0.6 * max(longest, shared))} to {duration(1.6 * (longest + shared))}"
+    return f"{duration(0.6 * max(longest, shared))} to {duration(2.2 * (longest + shared))}"
 
 
 def simulated_cycles(

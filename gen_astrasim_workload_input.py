@@ -673,18 +673,21 @@ def find_scalesim(path: Path | None, config: str, lacking: Sequence[str] = ()) -
     if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
         version, folder, files = 1, path, [*path.glob("*.py")]
     else:
-        spec = importlib.util.find_spec("scalesim")
+        spec = None if path else importlib.util.find_spec("scalesim")
         installed = spec and spec.submodule_search_locations
         if not path and not installed:
             raise UserError("SCALE-Sim is not installed: pip install -r requirements.txt, or give --scalesim_path")
         package = path or Path((installed or [""])[0])
         package = package if (package / "scale_sim.py").is_file() else package / "scalesim"
         if package.name != "scalesim" or not (package / "scale_sim.py").is_file():
-            raise UserError(f"{path}: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim")
+            raise UserError(
+                f"{path or package}: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim"
+            )
         version = 3 if (package / "layout_utils.py").is_file() else 2
         folder, files = package.absolute().parent, [*package.rglob("*.py")]
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8", errors="replace") for file in files}
-    if read := [key for key in lacking if re.search(f"['\"]{key}['\"]", "".join(code.values()), re.IGNORECASE)]:
+    source = "".join(code.values()) if lacking else ""
+    if read := [key for key in lacking if re.search(f"['\"]{key}['\"]", source, re.IGNORECASE)]:
         warn(f"--scalesim_config lacks {', '.join(read)}, which this SCALE-Sim reads: taken from the built-in config")
     digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
     return ScaleSim(version, str(folder), digest[:32], path, config)
@@ -1124,10 +1127,11 @@ def check_output(settings: Settings) -> None:
     npus = settings.num_npus if settings.chakra_et and chakra_messages() else 0
     traces = [trace_path(settings.chakra_et, npu) for npu in range(npus) if settings.chakra_et]
     paths = [settings.output_file, *traces, *([settings.summary_csv] if settings.summary_csv else [])]
-    folders = {settings.run_folder, *(Path(os.path.realpath(path)).parent for path in paths)}  # a link stays a link
+    targets = [Path(os.path.realpath(path)) for path in paths]  # a link stays a link
+    folders = {settings.run_folder, *(target.parent for target in targets)}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    target, times = Counter(os.path.realpath(path) for path in paths).most_common(1)[0]
+    target, times = Counter(targets).most_common(1)[0]
     if times > 1:
         raise UserError(f"{target} is to be written twice, expected another file for each output")
     for path in paths:

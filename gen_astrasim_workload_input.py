@@ -56,18 +56,12 @@ except ImportError as missing:
 
 
 # --- Constants
-class Strategy(NamedTuple):
-    """The dimensions of the network, 0 within a package and 1 between packages, that split a layer's m and its n."""
-
-    m: tuple[int, ...]
-    n: tuple[int, ...]
-
-
-STRATEGIES = {
-    "DATA": Strategy(m=(0, 1), n=()),
-    "MODEL": Strategy(m=(), n=(0, 1)),
-    "HYBRID_DATA_MODEL": Strategy(m=(1,), n=(0,)),
-    "HYBRID_MODEL_DATA": Strategy(m=(0,), n=(1,)),
+Dimensions = tuple[int, ...]  # of the network: 0 within a package, 1 between packages
+STRATEGIES: dict[str, tuple[Dimensions, Dimensions]] = {  # along which a layer's m is split, and along which its n
+    "DATA": ((0, 1), ()),
+    "MODEL": ((), (0, 1)),
+    "HYBRID_DATA_MODEL": ((1,), (0,)),
+    "HYBRID_MODEL_DATA": ((0,), (1,)),
 }
 CUSTOMIZED = "HYBRID_CUSTOMIZED"
 MISSPELT = {"HYBRD_DATA_MODEL": "HYBRID_DATA_MODEL"}  # as the format's original description has it
@@ -137,8 +131,8 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 
 # --- Flags
 EXAMPLE = str(Path(__file__).resolve().parent / "mnk_inputs" / "example.csv")
+CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gen_astrasim_workload_input"))
 PARALLEL = [*STRATEGIES, CUSTOMIZED]
-MODELS, ROUNDINGS, UNITS = ["simulated", "analytical"], ["up", "down"], ["cycles", "ns", "us"]
 INT_MAX = (1 << 31) - 1  # what ASTRA-sim counts NPUs with
 flags.DEFINE_string("mnk", EXAMPLE, "The table of layers, a CSV file.")
 flags.DEFINE_enum("parallel", "DATA", PARALLEL, "How layers are partitioned across NPUs.", case_sensitive=False)
@@ -148,15 +142,15 @@ flags.DEFINE_integer("num_packages", 1, "Packages that the NPUs sit in; must div
 flags.DEFINE_integer("datatype_size", 2, "Bytes per element.", 1, 1 << 20)
 flags.DEFINE_integer("minibatch", 1, "Images, for a table of convolutions.", 1, INT_MAX)
 flags.DEFINE_string("output_file", "workload.txt", "The ASTRA-sim file; parent folders are made.")
-flags.DEFINE_string("run_name", None, "Folder under outputs/<parallel>/ for what was generated; else the mnk's stem.")
+flags.DEFINE_string("run_name", "", "Folder under outputs/<parallel>/ for what was generated; else the mnk's stem.")
 flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder, v1, v2 or v3; else the installed scalesim package.")
 flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config file; else a 256 x 256 weight-stationary array.")
-flags.DEFINE_enum("cycle_model", "simulated", MODELS, "Run SCALE-Sim, or take its analytical runtime (no stalls).")
+flags.DEFINE_enum("cycle_model", "simulated", ["simulated", "analytical"], "Run SCALE-Sim, or take its formula.")
 flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; else the CPUs, as memory allows.", 1)
-flags.DEFINE_string("cache_dir", None, "Folder of finished simulations; else one in the user's cache; empty: none.")
-flags.DEFINE_enum("shard_rounding", "up", ROUNDINGS, "How a size that does not divide is cut: up is the slowest NPU.")
+flags.DEFINE_string("cache_dir", CACHE, "Folder of finished simulations; empty: none.")
+flags.DEFINE_enum("shard_rounding", "up", ["up", "down"], "How a size that does not divide is cut: up is the slowest.")
 flags.DEFINE_integer("update_time", 100, "Cycles that ASTRA-sim adds after a collective.", 0, INT_MAX)
-flags.DEFINE_enum("time_unit", "cycles", UNITS, "What compute times are written in: cycles, ns, us (ASTRA-sim 2.x).")
+flags.DEFINE_enum("time_unit", "cycles", ["cycles", "ns", "us"], "The compute times' unit; us for ASTRA-sim 2.x.")
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock in MHz, for --time_unit=ns and us.")
 flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x: <prefix>.<npu>.et, one for each NPU.")
 flags.DEFINE_integer("num_passes", 1, "Training steps in those traces.", 1, 1 << 20)
@@ -166,16 +160,12 @@ flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simul
 
 PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir", "chakra_et", "summary_csv")
 for _name in (*PATHS, "run_name"):
-    flags.register_validator(_name, lambda text: "\0" not in (text or ""), "a NUL character, expected none in a path")
-for _name in ("mnk", "output_file"):
-    flags.register_validator(_name, bool, "expected a path")
+    flags.register_validator(_name, lambda text: "\0" not in text, "a NUL character, expected none in a path")
+flags.register_validator("mnk", bool, "expected a path")
+flags.register_validator("output_file", bool, "expected a path")
+flags.register_validator("chakra_et", re.compile("(.*[^/.][^/]*)?$").match, "expected how file names begin")
 flags.register_validator(
-    "chakra_et", lambda text: not text or Path(text).name not in ("", ".."), "expected how file names begin"
-)
-flags.register_validator(
-    "run_name",
-    lambda name: name is None or (Path(name).parts and not {"/", ".."} & set(Path(name).parts)),
-    "expected the name of a folder in outputs/<parallel>",
+    "run_name", lambda name: not {"/", ".", ".."} & {*name.split("/"), name[:1]}, "expected a folder below outputs"
 )
 flags.register_multi_flags_validator(
     ["num_npus", "num_packages"], lambda flag: flag["num_npus"] % flag["num_packages"] == 0, "packages must divide NPUs"
@@ -220,28 +210,16 @@ class Settings(NamedTuple):
     @classmethod
     def from_flags(cls) -> Settings:
         """Read the parsed flags."""
-        values: dict[str, Any] = {name: flags.FLAGS[name].value for name in cls._fields if name in flags.FLAGS}
+        given = flags.FLAGS
+        values: dict[str, Any] = {name: given[name].value for name in cls._fields if name in given}
         for name in PATHS:
-            values[name] = Path(values[name]).absolute() if values[name] else None
-        if values["cycle_model"] == "analytical":
-            for name in ("scalesim_path", "dask_scheduler", "jobs"):
-                if flags.FLAGS[name].present:
-                    warn(f"--{name} has no effect with --cycle_model=analytical")
-        if flags.FLAGS.cache_dir is None:
-            values["cache_dir"] = default_cache_dir()
-        run_name = flags.FLAGS.run_name or values["mnk"].stem
-        run_folder = Path("outputs", values["parallel"], run_name).absolute()
-        return cls(**{**values, "jobs": values["jobs"] or available_cpus(), "run_folder": run_folder})
-
-
-def default_cache_dir() -> Path | None:
-    """Return where the user's caches are, by the XDG rules; None, with a warning, where there is no home folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "gen_astrasim_workload_input"
-    except RuntimeError:
-        warn("no home folder: finished simulations are not cached, expected --cache_dir")
-        return None
+            values[name] = Path(values[name]).expanduser().absolute() if values[name] else None
+        for name in ("scalesim_path", "dask_scheduler", "jobs"):
+            if given.cycle_model == "analytical" and given[name].present:
+                warn(f"--{name} has no effect with --cycle_model=analytical")
+        values["jobs"] = given.jobs or available_cpus()
+        values["run_folder"] = Path("outputs", given.parallel, given.run_name or values["mnk"].stem).absolute()
+        return cls(**values)
 
 
 # --- The table of layers: GEMMs, or SCALE-Sim's convolutions
@@ -249,17 +227,11 @@ GEMM = ("m", "n", "k")
 CONVOLUTION = ("ifmap height", "ifmap width", "filter height", "filter width", "channels", "num filter", "strides")
 ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
 OWN_STRATEGY = "customizedparallelization"
-HEADERS = (
-    "Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides, "
-    "each perhaps with CustomizedParallelization"
-)
+HEADERS = "Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
 
 
 class Layer(NamedTuple):
-    """One line of the table: m (minibatch rows) x n (output dimension) x k (input dimension), and its strategy.
-
-    `inputs` is of how many elements the input gradient is: m x k, or those of a convolution's ifmap.
-    """
+    """A line of the table: m (minibatch rows) x n (outputs) x k (inputs), the strategy, the elements of its inputs."""
 
     where: str
     name: str
@@ -278,39 +250,37 @@ def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
     """
     rows = _table_rows(path)
     where, header = next(rows, (f"{path}:1", []))
-    names = [ALIASES.get(name, name) for name in (" ".join(name.lower().split()) for name in header)]
-    while names and not names[-1]:
-        names.pop()  # the trailing comma of SCALE-Sim's files
-    sizes = CONVOLUTION if "strides" in names else GEMM
-    columns = _columns(where, names, sizes, parallel)
-    if minibatch > 1 and sizes == GEMM:
+    while header and not header[-1]:
+        header.pop()  # the trailing comma of SCALE-Sim's files
+    columns = _columns(where, header, parallel)
+    if minibatch > 1 and "m" in columns:
         raise UserError(f"{where}: --minibatch={minibatch} and GEMMs, whose m already holds it, expected convolutions")
     layers, renamed = [], []
     for where, row in rows:
-        if sizes == CONVOLUTION and not any(row[1:]):
+        if "strides" in columns and not any(row[1:]):
             warn(f"{where}: {quoted(row[0])} is taken for a title, as in SCALE-Sim's own files")
             continue
-        if len(row) <= max(columns.values()) or any(cell and cell[0] != "#" for cell in row[len(names) :]):
-            raise UserError(f"{where}: {len(row)} columns, expected {len(names)} as in the header")
-        cells = {name: row[place] for name, place in columns.items()}
-        layers.append(_layer(where, cells, sizes, parallel, minibatch))
-        if layers[-1].name != cells["layer"]:
-            renamed.append(f"{where}: layer name {quoted(cells['layer'])}")
+        if len(row) <= max(columns.values()) or any(cell and cell[0] != "#" for cell in row[len(header) :]):
+            raise UserError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
+        layers.append(_layer(where, {name: row[place] for name, place in columns.items()}, parallel, minibatch))
+        if layers[-1].name not in row:
+            renamed.append(where)
     if not layers:
         raise UserError(f"{where}: no layers, expected one a line below the header")
     if renamed:
-        warn(f"{renamed[0]}: blanks become _, as ASTRA-sim reads words ({len(renamed)} such in all)")
+        warn(f"{renamed[0]}: blanks in a name become _, as ASTRA-sim reads words ({len(renamed)} such in all)")
     return layers
 
 
-def _columns(where: str, names: list[str], sizes: tuple[str, ...], parallel: str) -> dict[str, int]:
+def _columns(where: str, header: list[str], parallel: str) -> dict[str, int]:
     """Return the place of each column that is read: the name, the sizes, and what may stand beside them."""
+    names = [ALIASES.get(name, name) for name in (" ".join(cell.lower().split()) for cell in header)]
     if names[1:3] == ["ifmap width", "ifmap width"]:
         names[1] = "ifmap height"  # as 14 of SCALE-Sim's files call it
-    read = ["layer", *sizes, OWN_STRATEGY, *(["padding"] if sizes == CONVOLUTION else [])]
-    columns = {name: place for place, name in enumerate(names) if name in read}
+    sizes = (*CONVOLUTION, "padding") if "strides" in names else GEMM
+    columns = {name: place for place, name in enumerate(names) if name in ("layer", *sizes, OWN_STRATEGY)}
     others = [name for name in names if name and columns.get(name) != names.index(name)]  # unknown, or there twice
-    if {"layer", *sizes} - columns.keys() or (others and sizes == GEMM) or columns.keys() & {*others}:
+    if {"layer", *sizes[:7]} - columns.keys() or (others and sizes == GEMM) or columns.keys() & {*others}:
         raise UserError(f"{where}: header {quoted(','.join(names))}, expected {HEADERS}")
     if changes := {"sparsity", "batch size"} & {*others}:
         raise UserError(f"{where}: column {min(changes)} changes the work, expected a table without it")
@@ -333,43 +303,31 @@ def _table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
 
 
-def _layer(where: str, cells: dict[str, str], columns: Sequence[str], parallel: str, minibatch: int) -> Layer:
-    name = "_".join(cells["layer"].split())
+def _layer(where: str, cells: dict[str, str], parallel: str, minibatch: int) -> Layer:
+    name, own = "_".join(cells.pop("layer").split()), cells.pop(OWN_STRATEGY, "").upper()
     if not name or not name.isprintable():
-        raise UserError(f"{where}: layer name {quoted(cells['layer'])}, expected printable characters")
-    sizes = {column: whole_number(cells[column]) for column in (*columns, "padding") if column in cells}
+        raise UserError(f"{where}: layer name {quoted(name)}, expected printable characters")
+    strategy = MISSPELT.get(own, own) if parallel == CUSTOMIZED else parallel
+    if strategy not in STRATEGIES:
+        raise UserError(f"{where}: strategy {quoted(own)}, expected one of {', '.join(STRATEGIES)}")
+    sizes = {column: whole_number(cell) for column, cell in cells.items()}
     for column, size in sizes.items():
-        if size < (column != "padding"):
-            expected = f"expected a whole number >= {int(column != 'padding')}"
-            raise UserError(f"{where}: {column} is {quoted(cells[column])}, {expected}")
-    if columns == CONVOLUTION:
-        m, n, k, inputs = _convolution(where, name, sizes, minibatch)
-    else:
+        least = 0 if column == "padding" else 1
+        if size < least:
+            raise UserError(f"{where}: {column} is {quoted(cells[column])}, expected a whole number >= {least}")
+    if "m" in sizes:
         m, n, k = (sizes[column] for column in GEMM)
-        inputs = m * k
-    strategy = parallel
-    if parallel == CUSTOMIZED:
-        written = cells[OWN_STRATEGY]
-        strategy = MISSPELT.get(written.upper(), written.upper())
-        if strategy not in STRATEGIES:
-            raise UserError(f"{where}: strategy {quoted(written)}, expected one of {', '.join(STRATEGIES)}")
-    return Layer(where, name, m, n, k, strategy, inputs)
-
-
-def _convolution(where: str, name: str, sizes: dict[str, int], minibatch: int) -> tuple[int, int, int, int]:
-    """Return m, n, k of the im2col product, and the elements of the ifmap, which is less than m x k.
-
-    Without padding outputs are counted as SCALE-Sim counts them, rounded up; with it as PyTorch does, rounded down.
-    """
-    height, width, filter_height, filter_width, channels, filters, stride = (sizes[column] for column in CONVOLUTION)
-    pixels = 1
+        return Layer(where, name, m, n, k, strategy, m * k)
+    # A convolution is the product of im2col, in which an element of the ifmap stands for each window that it is in.
+    height, width, filter_height, filter_width, channels, n, stride = (sizes[column] for column in CONVOLUTION)
+    m, k, inputs = minibatch, filter_height * filter_width * channels, minibatch * height * width * channels
     for ifmap, window in ((height, filter_height), (width, filter_width)):
         room = ifmap + 2 * sizes.get("padding", 0) - window
         if room < 0 or "DP" in name:
             raise UserError(f"{where}: a filter larger than its ifmap, or depth-wise (DP), expected neither")
-        pixels *= room // stride + 1 if "padding" in sizes else -(-(room + stride) // stride)
-    k = filter_height * filter_width * channels
-    return minibatch * pixels, filters, k, minibatch * height * width * channels
+        # Outputs are counted as PyTorch does it, rounded down; without padding as SCALE-Sim does, rounded up.
+        m *= room // stride + 1 if "padding" in sizes else -(-(room + stride) // stride)
+    return Layer(where, name, m, n, k, strategy, inputs)
 
 
 # --- Strategies: what one NPU computes and communicates
@@ -385,27 +343,18 @@ class Gemm(NamedTuple):
 
 
 class PassShard(NamedTuple):
-    """One NPU's part of a pass of a layer: its GEMM, and the collective that follows.
-
-    That is: its size in bytes, in which dimensions of the network it runs, and over how many NPUs.
-    """
+    """One NPU's part of a pass, and the collective that follows: in which network dimensions, over how many NPUs."""
 
     pass_name: str
     gemm: Gemm
     collective: str
     bytes: int
-    dimensions: tuple[int, ...]
+    dimensions: Dimensions
     members: int
 
 
 Plan = list[tuple[Layer, list[PassShard]]]  # each layer with its three passes
 Network = tuple[int, int]  # NPUs of a package, packages
-
-
-def split_degrees(strategy: str, network: Network) -> tuple[int, int]:
-    """Return (dp, mp): over how many NPUs a layer's m and n are split."""
-    along = STRATEGIES[strategy]
-    return math.prod(network[each] for each in along.m), math.prod(network[each] for each in along.n)
 
 
 def shard_size(size: int, degree: int, rounding: str) -> int:
@@ -416,19 +365,18 @@ def shard_size(size: int, degree: int, rounding: str) -> int:
 def shard(layer: Layer, network: Network, datatype_size: int, rounding: str) -> list[PassShard]:
     """Partition a layer across the NPUs: one NPU's forward, input-gradient and weight-gradient passes.
 
-    An NPU holds m' x k inputs and k x n' weights, m' and n' its parts of m and n. The outputs are m' x n', gathered
-    from the NPUs that split n; the input gradient is m' x k, reduced over those; the weight gradient is k x n', reduced
-    over the NPUs that split m. Sizes in bytes come from the whole layer, exact and rounded down: one NPU's share of an
-    ALLGATHER, the whole buffer of a REDUCESCATTER and an ALLREDUCE, as ASTRA-sim's ring counts them.
+    With m' and n' its parts of m and n, an NPU's outputs are m' x n', gathered from the NPUs that split n; its input
+    gradient is m' x k, reduced over those; its weight gradient is k x n', reduced over the NPUs that split m. Bytes are
+    exact and rounded down: one NPU's share of an ALLGATHER, the whole buffer of the others, as ASTRA-sim counts them.
     """
     m, n, k = layer.m, layer.n, layer.k
-    along = STRATEGIES[layer.strategy]
-    dp, mp = split_degrees(layer.strategy, network)
+    along_m, along_n = STRATEGIES[layer.strategy]
+    dp, mp = (math.prod(network[dimension] for dimension in along) for along in (along_m, along_n))
     rows, columns = shard_size(m, dp, rounding), shard_size(n, mp, rounding)
     passes = [  # the GEMM; the collective, in which dimensions, over how many NPUs; its elements, split over how many
-        (Gemm(rows, columns, k), "ALLGATHER", along.n, mp, m * n, dp * mp),
-        (Gemm(rows, k, columns), "REDUCESCATTER", along.n, mp, layer.inputs, dp),
-        (Gemm(k, columns, rows), "ALLREDUCE", along.m, dp, n * k, mp),
+        (Gemm(rows, columns, k), "ALLGATHER", along_n, mp, m * n, dp * mp),
+        (Gemm(rows, k, columns), "REDUCESCATTER", along_n, mp, layer.inputs, dp),
+        (Gemm(k, columns, rows), "ALLREDUCE", along_m, dp, n * k, mp),
     ]
     return [
         PassShard(name, gemm, collective, elements * datatype_size // split, dimensions, members)
@@ -443,29 +391,26 @@ def check_plan(plan: Plan) -> None:
 
     Both ASTRA-sims end silently at a collective of 0 bytes, and never at one smaller than preferred-dataset-splits.
     """
+    collectives = [(layer, each) for layer, shards in plan for each in shards if each.collective != NO_COMM]
+    if small := [(layer, each) for layer, each in collectives if each.bytes < 4]:
+        layer, each = min(small, key=lambda found: found[1].bytes)
+        what = f"layer {layer.name}: the {each.collective} of the {each.pass_name} pass comes to {each.bytes} bytes"
+        if not each.bytes:
+            raise UserError(f"{layer.where}: {what}, where ASTRA-sim stops; expected one an NPU or more")
+        warn(f"{what} ({len(small)} such in all): ASTRA-sim may never end at 1 to 3, try 4 or more")
+    alone = sum(each.members == 1 for _, each in collectives)
+    if 0 < alone < len(collectives):
+        warn(f"{alone} collectives have one member: ASTRA-sim 1.0 leaves them out, Chakra's Text converter does not")
     uneven: dict[str, list[str]] = {}
-    small, alone = [], 0
     for layer, shards in plan:
         for dimension, size, degree, own in uneven_sizes(layer, shards):
             what = f"{dimension} = {size} does not divide by {degree}, one NPU is timed with {own}"
             uneven.setdefault(what, []).append(layer.name)
-        split = any(each.members > 1 for each in shards)
-        for each in shards:
-            alone += each.collective != NO_COMM and each.members == 1 and split
-            if each.collective != NO_COMM and each.bytes < 4:
-                what = f"layer {layer.name}: the {each.collective} of the {each.pass_name} pass comes to {each.bytes}"
-                if not each.bytes:
-                    raise UserError(f"{layer.where}: {what} bytes, where ASTRA-sim stops; expected one an NPU or more")
-                small.append(what)
     for what, names in list(uneven.items())[:8]:
-        which = ", ".join(names[:8]) + (f" and {len(names) - 8} more layers" if len(names) > 8 else "")
-        warn(f"{which}: {what}")
+        more = f" and {len(names) - 8} more layers" if len(names) > 8 else ""
+        warn(f"{', '.join(names[:8])}{more}: {what}")
     if len(uneven) > 8:
         warn(f"{len(uneven) - 8} more sizes do not divide")
-    if alone:
-        warn(f"{alone} collectives have one member: ASTRA-sim 1.0 leaves them out, Chakra's Text converter does not")
-    if small:
-        warn(f"{small[0]} bytes ({len(small)} such in all): ASTRA-sim may never end at 1 to 3, try 4 or more")
 
 
 def uneven_sizes(layer: Layer, shards: list[PassShard]) -> list[tuple[str, int, int, int]]:
@@ -512,51 +457,44 @@ def read_architecture(path: Path | None, cycle_model: str = "simulated") -> Arch
     """Read the config at `path`, or the built-in one; UserError for what is none or does not suit the cycle model."""
     source = str(path or "the built-in config")
     given, config = (configparser.ConfigParser(interpolation=None) for _ in range(2))
-    config.read_string(BUILT_IN_CONFIG)
-    written = io.StringIO()
     try:
         text = path.read_bytes().decode("utf-8-sig") if path else BUILT_IN_CONFIG
         given.read_string(text, source)
-        lacking = [
-            key for section in config.sections() for key in config[section] if not given.has_option(section, key)
-        ]
-        config.read_dict(given)
-        config["general"] = {"run_name": "gemm"}  # it becomes part of a path, and with v1 of a shell command
-        config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it; the topology is ours
-        config.write(written)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config: sections of keys and values") from None
+    config.read_string(BUILT_IN_CONFIG)
+    keys = [(section, key) for section in config.sections() for key in config[section]]
+    lacking = [key for section, key in keys if not given.has_option(section, key)]
+    config.read_dict(given)
+    config["general"] = {"run_name": "gemm"}  # it becomes part of a path, and with v1 of a shell command
+    config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it; the topology is ours
+    written = io.StringIO()
+    config.write(written)
+    check_modes(source, config, cycle_model)
     preset = partial(given.get, "architecture_presets", fallback="")
-    rows, columns, dataflow = (
-        whole_number(preset("ArrayHeight")),
-        whole_number(preset("ArrayWidth")),
-        preset("Dataflow"),
-    )
+    rows, columns = whole_number(preset("ArrayHeight")), whole_number(preset("ArrayWidth"))
+    dataflow = preset("Dataflow")
     if rows < 1 or columns < 1:
         raise UserError(f"{source}: ArrayHeight or ArrayWidth is missing or wrong, expected whole numbers >= 1")
     if dataflow not in ("os", "ws", "is"):
         raise UserError(f"{source}: Dataflow is {quoted(dataflow)}, expected os, ws or is")
-    check_modes(source, config, cycle_model)
     return Architecture(text, written.getvalue(), lacking, rows, columns, dataflow)
 
 
 def check_modes(source: str, config: configparser.ConfigParser, cycle_model: str) -> None:
     """Refuse the modes of SCALE-Sim that do not suit the table or the cycle model; warn where that is a bound."""
-    bandwidth = config["run_presets"]["InterfaceBandwidth"]
+    bandwidth, layout, sparsity = config["run_presets"]["InterfaceBandwidth"], config["layout"], config["sparsity"]
     if bandwidth not in ("CALC", "USER"):
         raise UserError(f"{source}: InterfaceBandwidth is {quoted(bandwidth)}, expected CALC or USER")
     for key in ("IfmapCustomLayout", "FilterCustomLayout"):
-        if config["layout"][key].lower() not in ("false", "no", "off", "0"):
+        if layout[key].lower() not in ("false", "no", "off", "0"):
             raise UserError(f"{source}: {key} is on, expected False: a layout is for one GEMM, and there are many")
-    sparsity = config["sparsity"]
-    optimized = sparsity.get("OptimizedMapping", "").lower() == "true"
-    if sparsity["SparsitySupport"].lower() == "true" and (cycle_model == "analytical" or not optimized):
-        raise UserError(
-            f"{source}: SparsitySupport is true, expected false, or OptimizedMapping: true with it and SCALE-Sim: the "
-            "analytical model knows no sparsity, and the table of layers has no ratios"
-        )
+    simulated = cycle_model == "simulated" and sparsity.get("OptimizedMapping", "").lower() == "true"
+    if sparsity["SparsitySupport"].lower() == "true" and not simulated:
+        mapping = "OptimizedMapping: true with it, as the table has no ratios"
+        raise UserError(f"{source}: SparsitySupport is true, expected false, or SCALE-Sim and {mapping}")
     if bandwidth == "USER" and cycle_model == "analytical":
-        warn(f"{source}: under InterfaceBandwidth USER analytical cycles leave out the stalls: they are a lower bound")
+        warn(f"{source}: InterfaceBandwidth is USER: analytical cycles leave out its stalls, and are a lower bound")
 
 
 def estimated_cycles(gemm: Gemm, architecture: Architecture) -> int:
@@ -575,12 +513,10 @@ def estimated_cycles(gemm: Gemm, architecture: Architecture) -> int:
 
 
 def estimated_memory(gemm: Gemm, architecture: Architecture) -> int:
-    """Return the bytes of memory at the peak of a GEMM's simulation, rounded up by a tenth.
+    """Return the bytes of memory at the peak of a GEMM's simulation by SCALE-Sim v2 or v3.
 
-    SCALE-Sim v2 and v3 keep a row of addresses for each operand and cycle, and the operands. Fitted by least squares
-    on the peak resident size of 61 runs of 2.0.2, 3.0.0 and c28fd1b without traces, arrays from 4 x 4 to 256 x 256, all
-    dataflows: 36 MB + cycles x (1030 + 15.4 R + 38.7 C) + 68.5 for each element, within 10 %. Of 83 runs in all, up to
-    200,000 cycles and under USER too, it is 0.84 to 1.10 times what was measured.
+    They keep the operands, and a row of addresses for each operand and cycle. Fitted by least squares on 61 runs of
+    2.0.2, 3.0.0 and c28fd1b, arrays from 4 x 4 to 256 x 256, plus a tenth: 83 runs took 0.84 to 1.10 times the fit.
     """
     m, n, k = gemm
     cycle = 1130 + 17 * architecture.rows + 43 * architecture.columns
@@ -590,8 +526,7 @@ def estimated_memory(gemm: Gemm, architecture: Architecture) -> int:
 def estimated_seconds(gemm: Gemm, architecture: Architecture) -> float:
     """Return how long a GEMM's simulation takes by itself; what the cache knows of this machine scales it.
 
-    Fitted like the memory, to 146 runs of 2.0.2 and 3.0.0 on arrays from 4 x 4 to 256 x 256, of up to 145,000 cycles:
-    what was measured is 0.8 to 1.5 times this.
+    Fitted like the memory, to 146 runs of 2.0.2 and 3.0.0: what was measured is 0.8 to 1.5 times this.
     """
     m, n, k = gemm
     cycles, side = estimated_cycles(gemm, architecture), (architecture.rows + architecture.columns) / 2
@@ -606,16 +541,15 @@ TOPOLOGY_HEADER = "Layer name,IFMAP height,IFMAP width,Filter height,Filter widt
 LOG = "scalesim.log"
 
 
-def follow_parent(folder: str) -> None:
-    """End this process, and its folder, when its stdin ends: when the parent closes it, or is gone."""
-    os.read(0, 1)  # nothing is ever written there
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
 def run_scalesim(version: str, folder: str) -> None:
     """Run the SCALE-Sim in `folder` on gemm.csv in the current folder: the program of each SCALE-Sim process."""
-    threading.Thread(target=follow_parent, args=[str(Path.cwd())], daemon=True).start()
+
+    def follow_parent(here: Path) -> None:
+        os.read(0, 1)  # nothing is ever written to stdin; it ends when the parent closes it, or is gone
+        shutil.rmtree(here, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, args=[Path.cwd()], daemon=True).start()
     gc.disable()  # SCALE-Sim makes no cycles of objects: it needs as much memory without, and less time
     sys.path.insert(0, folder)
     if version == "1":
@@ -641,7 +575,6 @@ def run_scalesim(version: str, folder: str) -> None:
 SCALESIM_PROCESS = f"""\
 import gc, inspect, os, runpy, shutil, sys, threading
 from pathlib import Path
-{inspect.getsource(follow_parent)}
 {inspect.getsource(run_scalesim)}
 run_scalesim(*sys.argv[1:])
 """
@@ -671,70 +604,65 @@ def find_scalesim(path: Path | None, config: str, lacking: Sequence[str] = ()) -
     Warns of the keys that its config was lacking, of those that it reads.
     """
     if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
-        version, folder, files = 1, path, [*path.glob("*.py")]
+        version, folder, files = 1, path, path.glob("*.py")
     else:
         spec = None if path else importlib.util.find_spec("scalesim")
-        installed = spec and spec.submodule_search_locations
-        if not path and not installed:
-            raise UserError("SCALE-Sim is not installed: pip install -r requirements.txt, or give --scalesim_path")
-        package = path or Path((installed or [""])[0])
-        package = package if (package / "scale_sim.py").is_file() else package / "scalesim"
-        if package.name != "scalesim" or not (package / "scale_sim.py").is_file():
-            raise UserError(
-                f"{path or package}: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim"
-            )
-        version = 3 if (package / "layout_utils.py").is_file() else 2
-        folder, files = package.absolute().parent, [*package.rglob("*.py")]
+        places = [path, path / "scalesim"] if path else map(Path, (spec and spec.submodule_search_locations) or [])
+        packages = [place for place in places if place.name == "scalesim" and (place / "scale_sim.py").is_file()]
+        if not packages:
+            expected = "expected scale.py and run_nets.py, or the package scalesim: pip install -r requirements.txt"
+            raise UserError(f"no SCALE-Sim {f'in {path}' if path else 'is installed'}, {expected}")
+        version = 3 if (packages[0] / "layout_utils.py").is_file() else 2
+        folder, files = packages[0].absolute().parent, packages[0].rglob("*.py")
     code = {str(file.relative_to(folder)): file.read_text(encoding="utf-8", errors="replace") for file in files}
-    source = "".join(code.values()) if lacking else ""
-    if read := [key for key in lacking if re.search(f"['\"]{key}['\"]", source, re.IGNORECASE)]:
+    source = "".join(code.values()).lower() if lacking else ""
+    if read := [key for key in lacking if f"'{key}'" in source or f'"{key}"' in source]:
         warn(f"--scalesim_config lacks {', '.join(read)}, which this SCALE-Sim reads: taken from the built-in config")
     digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
     return ScaleSim(version, str(folder), digest[:32], path, config)
 
 
-def topology_row(name: str, gemm: Gemm) -> str:
-    """Return a GEMM as the convolution that every SCALE-Sim reads: ifmap M x K, N filters of 1 x K, one channel."""
-    return f"{name},{gemm.m},{gemm.k},1,{gemm.k},1,{gemm.n},1,\n"
+def topology(gemms: Iterable[tuple[str, Gemm]]) -> str:
+    """Return named GEMMs as convolutions, which every SCALE-Sim reads: ifmap M x K, N filters of 1 x K, one channel."""
+    named = ((re.sub('[",]', "_", name), *gemm) for name, gemm in gemms)  # SCALE-Sim's reader knows no quotes
+    return TOPOLOGY_HEADER + "".join(f"{name},{m},{k},1,{k},1,{n},1,\n" for name, m, n, k in named)
 
 
 def simulate(scalesim: ScaleSim, gemm: Gemm, lifeline: int = subprocess.PIPE) -> Simulation:
     """Run one GEMM through SCALE-Sim, in a process and a temporary folder of its own.
 
-    Only values go in and come out, so this may run on another machine, whose SCALE-Sim must be the same code; UserError
-    where it is not. The process ends when `lifeline` does, a pipe's reading end: by default, with this process.
+    Only values go in and come out, so this may run on another machine; UserError where that has other code. The process
+    ends when `lifeline` does, a pipe's reading end: by default, with this process.
     """
     here = find_scalesim(scalesim.path, scalesim.config)
     if here.digest != scalesim.digest:
         raise UserError(f"the SCALE-Sim in {here.folder} is not the code that this run began with")
-    # SCALE-Sim multiplies no matrices: a pool of threads in each process would only be in the others' way.
-    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
     inputs = {
         "gemm.cfg": scalesim.config,
-        "gemm.csv": TOPOLOGY_HEADER + topology_row("gemm", gemm),
+        "gemm.csv": topology([("gemm", gemm)]),
         "layout.csv": f"{'-,' * 21}\ngemm,{'1,' * 20}\n",  # v3 reads one even when layouts are off
     }
     with tempfile.TemporaryDirectory(prefix="gen_astrasim_", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+        folder, began = Path(name), time.monotonic()
         write_files(folder, inputs)
-        began = time.monotonic()
-        with (folder / LOG).open("wb") as log:
-            process = subprocess.Popen(
+        with (
+            (folder / LOG).open("wb") as log,
+            subprocess.Popen(
                 [sys.executable, "-B", "-c", SCALESIM_PROCESS, str(here.version), here.folder],
                 cwd=folder,
-                env={**os.environ, **threads, "PYTHONUTF8": "1"},
+                env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
                 stdin=lifeline,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which then ends the others
-            )
-            with process:
-                process.wait()
+            ) as process,
+        ):
+            status = process.wait()
         seconds = round(time.monotonic() - began, 3)
         reports = [file for report in folder.rglob(REPORTS[here.version][0]) for file in report.parent.glob("*.csv")]
         collected = [file for file in (*reports, folder / LOG) if file.is_file() and file.name not in inputs]
         files = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in collected}
-        return Simulation(process.returncode, seconds, files)
+        return Simulation(status, seconds, files)
 
 
 def reported_cycles(files: dict[str, str], version: int) -> int | None:
@@ -751,9 +679,6 @@ def reported_cycles(files: dict[str, str], version: int) -> int | None:
 
 
 # --- Each distinct GEMM once: cached, and side by side
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError)
-
-
 class Cache:
     """Finished simulations of one SCALE-Sim and config: <cache_dir>/<hash of both>/<M>x<N>x<K>.json."""
 
@@ -761,19 +686,17 @@ class Cache:
         self.folder = folder  # None: nothing is cached
         self.version = version
 
-    def load(self, gemm: Gemm) -> tuple[int, dict[str, str]] | None:
-        """Return a simulation's cycles, reports and log, or None where there are none that can be trusted."""
-        if not self.folder:
-            return None
+    def load(self, gemm: Gemm) -> tuple[int, Simulation] | None:
+        """Return a GEMM's cycles and simulation, or None where there is none that can be trusted."""
         try:
-            entry = json.loads((self.folder / f"{gemm}.json").read_bytes())
-            files, cycles = entry["files"], reported_cycles(entry["files"], self.version)
-            trusted = all(
-                re.fullmatch(r"\w[\w.-]{0,99}", name) and isinstance(text.encode(), bytes)
-                for name, text in files.items()
-            )
-            return (cycles, files) if cycles and trusted and entry["gemm"] == str(gemm) else None
-        except UNREADABLE:
+            entry = json.loads((self.folder / f"{gemm}.json").read_bytes()) if self.folder else {}
+            seconds, files = float(entry["seconds"]), entry["files"]
+            "".join(files.values()).encode()  # an error, where this is no text
+            trusted = entry["gemm"] == str(gemm) and 0 < seconds < 1e9
+            trusted = trusted and all(re.fullmatch(r"\w[\w.-]{0,99}", name) for name in files)
+            cycles = reported_cycles(files, self.version)
+            return (cycles, Simulation(0, seconds, files)) if cycles and trusted else None
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError):
             return None  # simulated again, and replaced
 
     def store(self, gemm: Gemm, simulation: Simulation) -> None:
@@ -789,12 +712,12 @@ class Cache:
     def pace(self, architecture: Architecture) -> float:
         """Return how many times their estimated seconds up to 100 finished simulations took; 1 where there are none."""
         took = estimated = 0.0
-        for file in itertools.islice(self.folder.glob("*.json") if self.folder else (), 100):
-            with suppress(*UNREADABLE):
-                entry = json.loads(file.read_bytes())
-                gemm, seconds = Gemm(*map(int, entry["gemm"].split("x"))), float(entry["seconds"])
-                if 0 < seconds < 1e9:
-                    took, estimated = took + seconds, estimated + estimated_seconds(gemm, architecture)
+        for file in itertools.islice(self.folder.glob("*x*x*.json") if self.folder else (), 100):
+            with suppress(ValueError, TypeError):  # of another name
+                gemm = Gemm(*map(int, file.stem.split("x")))
+                if found := self.load(gemm):
+                    took += found[1].seconds
+                    estimated += estimated_seconds(gemm, architecture)
         return took / estimated if took else 1.0
 
 
@@ -879,21 +802,21 @@ def local_pool(processes: int, scalesim: ScaleSim) -> Iterator[Submit]:
 @contextmanager
 def dask_pool(address: str, scalesim: ScaleSim) -> Iterator[Submit]:
     """Give a function that simulates on the Dask cluster at `address`; UserError when it is not there."""
+    logging.disable()  # what goes wrong is said here, in one line
     try:
         from distributed import Client, KilledWorker
         from distributed.comm import CommClosedError
+
+        Client.__del__ = lambda _: None  # it would try for 40 s to end what could not begin, and print a traceback
+        client = Client(address, timeout=20, set_as_default=False)
     except ImportError:
         raise UserError("--dask_scheduler needs Dask, expected: pip install 'dask[distributed]'") from None
-    logging.disable()  # what goes wrong is said here, in one line
-    Client.__del__ = lambda _: None  # of one that could not begin: it would try to end for 40 s, and print a traceback
-    try:
-        client = Client(address, timeout=20, set_as_default=False)
     except Exception as error:  # whatever Dask makes of an address
         raise UserError(f"--dask_scheduler={address} can't be reached: {error}") from None
     with client:
+        pool = client.get_executor(pure=False)
         if not client.nthreads():
             warn(f"the Dask scheduler at {address} has no workers yet: waiting for them")
-        pool = client.get_executor(pure=False)
         try:
             # Dask keeps no order among what is submitted at once, but the one that it is told, in 64 bits.
             yield lambda job: pool.submit(simulate, scalesim, job.gemm, priority=min(job.cycles, 1 << 62))
@@ -925,17 +848,15 @@ def run_side_by_side(
         yield list(running), finished
 
 
-def duration(seconds: float) -> str:
-    """Return a length of time in seconds, minutes or hours, as it is said."""
-    size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= 2 * each[0]), (1, "s"))
-    return f"{seconds / size:,.0f} {unit}"
-
-
 def estimated_range(jobs: list[Job], pace: float, slots: int) -> str:
     """Return between what times these simulations will take, so many at once; they slow each other."""
-    longest = pace * max((job.seconds for job in jobs), default=0)
-    shared = pace * sum(job.seconds for job in jobs) / slots
-    return f"{duration(0.6 * max(longest, shared))} to {duration(2.2 * (longest + shared))}"
+    longest, all_in_all = (pace * each([0, *(job.seconds for job in jobs)]) for each in (max, sum))
+    times = 0.6 * max(longest, all_in_all / slots), 2.2 * (longest + all_in_all / slots)
+    said = []
+    for seconds in times:
+        size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= 2 * each[0]), (1, "s"))
+        said.append(f"{seconds / size:,.0f} {unit}")
+    return " to ".join(said)
 
 
 def simulated_cycles(
@@ -945,34 +866,32 @@ def simulated_cycles(
 
     Raises UserError when SCALE-Sim fails, naming the GEMM, its layer, what SCALE-Sim said last and its log.
     """
-    cycles, new = {}, []
+    cycles = {}
     for job in jobs:
         if found := cache.load(job.gemm):
-            cycles[job.gemm], files = found
-            write_files(settings.run_folder / f"gemm_{job.gemm}", files)
-        else:
-            new.append(job)
+            cycles[job.gemm] = found[0]
+            write_files(settings.run_folder / f"gemm_{job.gemm}", found[1].files)
+    new = [job for job in jobs if job.gemm not in cycles]
     if not new:
         return cycles, 0
-    pace = cache.pace(architecture)
     if settings.dask_scheduler:
         pool = dask_pool(settings.dask_scheduler, scalesim)
         slots, memory = len(new), math.inf  # workers take one simulation a thread, and know their own memory
     else:
         pool = local_pool(settings.jobs, scalesim)
         slots, memory = settings.jobs, available_memory()
-    if too_large := [job for job in new if job.memory > memory]:
-        gemm, first_use, _, needed, _ = too_large[0]
-        warn(
-            f"GEMM {gemm} ({first_use}) needs about {needed / 1e9:,.1f} GB of memory, {memory / 1e9:,.1f} GB is free "
-            f"({len(too_large)} such in all): it may be killed; --cycle_model=analytical needs no simulation"
-        )
+    largest = max(new, key=lambda job: job.memory)
+    if largest.memory > memory:
+        needs = f"needs about {largest.memory / 1e9:,.1f} GB of memory, {memory / 1e9:,.1f} GB is free"
+        warn(f"GEMM {largest.gemm} ({largest.first_use}) {needs}: it may be killed; try --cycle_model=analytical")
     tqdm.monitor_interval = 0  # the bar is moved here, each second
-    total, layout = sum(job.seconds for job in new), "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
+    estimate = estimated_range(new, cache.pace(architecture), slots)
+    layout = f"GEMM {{desc}} {{percentage:3.0f}}% |{{bar}}| {{elapsed}} of {estimate}{{postfix}}"
+    bar = tqdm(
+        desc=f"1/{len(new)}", total=sum(job.seconds for job in new), bar_format=layout, disable=None, leave=False
+    )
     try:
-        bar = tqdm(total=total, desc=f"1/{len(new)}", bar_format=layout, disable=None, leave=False)
         with pool as submit, bar:
-            bar.set_postfix_str(f"estimated {estimated_range(new, pace, slots)}")
             for running, finished in run_side_by_side(submit, new, slots, memory):
                 for job, future in finished.items():
                     simulation, folder = future.result(), settings.run_folder / f"gemm_{job.gemm}"
@@ -980,10 +899,9 @@ def simulated_cycles(
                     cache.store(job.gemm, simulation)
                     write_files(folder, simulation.files)
                     bar.update(job.seconds)
-                left = duration(pace * (total - bar.n) / min(slots, len(running) or 1))
                 begun = len(new) - len(jobs) + len(cycles) + len(running)
                 bar.set_description_str(f"{begun}/{len(new)}", refresh=False)
-                bar.set_postfix_str(f"about {left} left, {running[0].gemm}, {running[0].first_use}" if running else "")
+                bar.set_postfix_str(f"{running[0].gemm}, {running[0].first_use}" if running else "")
     except KeyboardInterrupt:
         where = f"cached in {cache.folder}" if cache.folder else "lost: there is no cache"
         print_message("interrupted", f"{len(cycles)} of {len(jobs)} GEMMs are finished, {where}")
@@ -995,26 +913,22 @@ def checked_cycles(simulation: Simulation, job: Job, version: int, folder: Path)
     """Return a simulation's cycles, or leave its log in `folder` and raise the UserError that says what went wrong."""
     status, _, files = simulation
     cycles = reported_cycles(files, version)
-    if cycles and status == 0:
+    if cycles and not status:
         return cycles
     report, column = REPORTS[version]
-    if status:
-        problem = f"killed, {signal.strsignal(-status)}" if status < 0 else f"exit status {status}"
-    elif report in files:
-        problem = f"its {report} has not one whole row with a whole number >= 1 as {column}"
-    else:
-        problem = f"it wrote no {report}"
+    problem = f"exit status {status}" if status else f"no {report} with one whole row and a number >= 1 as {column}"
+    if status < 0:
+        problem = f"killed, {signal.strsignal(-status)}"
     lines = [line.strip()[:200] for line in files.get(LOG, "").splitlines() if line.strip()][-3:]
     if status == -signal.SIGKILL or "MemoryError" in "".join(lines):
         problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
     said = "".join(c for c in " | ".join(lines) if c.isprintable()) or "nothing"
     write_files(folder, files)
-    raise UserError(
-        f"SCALE-Sim failed on GEMM {job.gemm} ({job.first_use}): {problem}; it last said: {said}; log: {folder / LOG}"
-    )
+    where = f"GEMM {job.gemm} ({job.first_use})"
+    raise UserError(f"SCALE-Sim failed on {where}: {problem}; it last said: {said}; log: {folder / LOG}")
 
 
-# --- Compute times
+# --- Compute times and totals
 def pass_totals(plan: Plan, times: dict[Gemm, int]) -> list[int]:
     """Return the sum of each pass's compute times over all layers."""
     return [sum(times[shards[index].gemm] for _, shards in plan) for index in range(len(PASSES))]
@@ -1028,7 +942,7 @@ def collective_totals(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def compute_times(plan: Plan, cycles: dict[Gemm, int], unit: str, clock_mhz: float | None) -> dict[Gemm, int]:
-    """Return each GEMM's compute time in `unit`: exact, to the nearest whole number (halves to even), not 0.
+    """Return each GEMM's compute time in `unit`: exact, to the nearest whole number >= 1 (halves to even).
 
     Warns when rounding moves the total of a pass by more than 1 %.
     """
@@ -1037,7 +951,7 @@ def compute_times(plan: Plan, cycles: dict[Gemm, int], unit: str, clock_mhz: flo
     from fractions import Fraction
 
     cycle = (1000 if unit == "ns" else 1) / Fraction(str(clock_mhz))  # its length in that unit
-    times = {gemm: max(round(count * cycle), min(count, 1)) for gemm, count in cycles.items()}
+    times = {gemm: max(1, round(count * cycle)) for gemm, count in cycles.items()}
     totals = zip(PASSES.values(), pass_totals(plan, times), pass_totals(plan, cycles))
     changes = {name: float(written / (exact * cycle) - 1) * 100 for name, written, exact in totals if exact}
     if moved := [f"{name} pass by {change:+.1f} %" for name, change in changes.items() if abs(change) > 1]:
@@ -1049,8 +963,7 @@ def compute_times(plan: Plan, cycles: dict[Gemm, int], unit: str, clock_mhz: flo
 def workload_text(plan: Plan, times: dict[Gemm, int], parallel: str, update_time: int) -> str:
     """Return the workload file that ASTRA-sim reads, with each GEMM's compute time; sizes are bytes.
 
-    ASTRA-sim 1.0 reads words, not lines: it takes a thirteenth, the layer's own strategy, under HYBRID_CUSTOMIZED and
-    would otherwise take it for the next layer's name.
+    ASTRA-sim 1.0 reads words, not lines: only under HYBRID_CUSTOMIZED does it take a thirteenth, the layer's strategy.
     """
     lines = [parallel, str(len(plan))]
     for layer, shards in plan:
@@ -1058,15 +971,6 @@ def workload_text(plan: Plan, times: dict[Gemm, int], parallel: str, update_time
         own_strategy = [layer.strategy] if parallel == CUSTOMIZED else []
         lines.append("\t".join([layer.name, "-1", *passes, str(update_time), *own_strategy]))
     return "\n".join(lines) + "\n"
-
-
-def topologies(plan: Plan, stem: str) -> dict[str, str]:
-    """Return each pass as a SCALE-Sim topology, by file name; SCALE-Sim's reader knows no quotes."""
-    files = {}
-    for index, name in enumerate(PASSES):
-        rows = (topology_row(re.sub('[",]', "_", layer.name), shards[index].gemm) for layer, shards in plan)
-        files[f"{stem}_{name}.csv"] = TOPOLOGY_HEADER + "".join(rows)
-    return files
 
 
 def csv_text(*rows: Iterable[Any]) -> str:
@@ -1097,13 +1001,13 @@ SUMMARY = [
 ]
 
 
-def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemms: int, settings: Settings) -> None:
+def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], settings: Settings) -> None:
     """Append a row of this run to --summary_csv, whole, also beside others; compute is in --time_unit."""
     compute, collectives = pass_totals(plan, times), collective_totals(plan).values()
     values = [getattr(settings, name, None) for name in SUMMARY[:9]]
     if settings.minibatch == 1 and all(layer.inputs == layer.m * layer.k for layer, _ in plan):
         values[SUMMARY.index("minibatch")] = None  # a table of GEMMs
-    values += [*compute, sum(compute), *itertools.chain(*collectives), distinct_gemms, settings.output_file]
+    values += [*compute, sum(compute), *itertools.chain(*collectives), len(times), settings.output_file]
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: who finds the file empty writes the header
         size = file.seek(0, os.SEEK_END)
@@ -1113,38 +1017,31 @@ def append_summary(path: Path, plan: Plan, times: dict[Gemm, int], distinct_gemm
         file.write((torn + csv_text(*header, values)).encode("utf-8", "surrogateescape"))
 
 
-def check_summary(path: Path) -> None:
-    """Refuse a summary that has another header."""
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            header = file.readline().strip()
-        if header not in ("", ",".join(SUMMARY)):
-            raise UserError(f"{path}:1: header {quoted(header)}, expected a summary's, or no file")
-
-
 def check_output(settings: Settings) -> None:
     """Make the folders of what will be written, and refuse now what could not be written after hours."""
-    npus = settings.num_npus if settings.chakra_et and chakra_messages() else 0
-    traces = [trace_path(settings.chakra_et, npu) for npu in range(npus) if settings.chakra_et]
-    paths = [settings.output_file, *traces, *([settings.summary_csv] if settings.summary_csv else [])]
-    targets = [Path(os.path.realpath(path)) for path in paths]  # a link stays a link
+    prefix, summary = settings.chakra_et, settings.summary_csv
+    traces = [f"{prefix}.{npu}.et" for npu in range(settings.num_npus)] if prefix and chakra_messages() else []
+    paths = [settings.output_file, *traces, *([summary] if summary else [])]
+    targets = Counter(Path(os.path.realpath(path)) for path in paths)  # a link stays a link
+    read = [Path(os.path.realpath(path)) for path in (settings.mnk, settings.scalesim_config) if path]
     folders = {settings.run_folder, *(target.parent for target in targets)}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    target, times = Counter(targets).most_common(1)[0]
-    if times > 1:
-        raise UserError(f"{target} is to be written twice, expected another file for each output")
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, expected a file to write")
-        for given in (settings.mnk, settings.scalesim_config):
-            if given and path.is_file() and path.samefile(given):
-                raise UserError(f"{path} is what was given to read, expected another file to write")
-    if settings.summary_csv:
-        check_summary(settings.summary_csv)
-    for needed in (*folders, *paths):
+    for target, times in targets.items():
+        if times > 1:
+            raise UserError(f"{target} is to be written twice, expected another file for each output")
+        if target.is_dir():
+            raise UserError(f"{target} is a folder, expected a file to write")
+        if target in read and target.is_file():
+            raise UserError(f"{target} is what was given to read, expected another file to write")
+    for needed in (*folders, *targets):
         if needed.exists() and not os.access(needed, os.W_OK):
             raise UserError(f"{needed} can't be written: no permission")
+    if summary and summary.is_file():
+        with summary.open(encoding="utf-8", errors="surrogateescape") as file:
+            header = file.readline().strip()
+        if header not in ("", ",".join(SUMMARY)):
+            raise UserError(f"{summary}:1: header {quoted(header)}, expected a summary's, or no file")
 
 
 # --- Execution traces for ASTRA-sim 2.x
@@ -1168,14 +1065,11 @@ def chakra_messages() -> tuple[dict[str, Any], Callable[[Any, io.BytesIO], None]
 
     # By proto2's rules a value that is set is written also where it is 0 or false, as in Chakra's oneof.
     file = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
-    for message, *fields in map(str.split, CHAKRA_MESSAGES.splitlines()):
+    for message, fields in (line.split(" ", 1) for line in CHAKRA_MESSAGES.splitlines()):
         declared = file.message_type.add(name=message)
-        for name, number, kind, repeated in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", " ".join(fields)):
-            field = declared.field.add(name=name, number=int(number), label=3 if repeated else 1)
-            if kind[0].isupper():
-                field.type_name = kind
-            else:
-                field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
+        for name, number, kind, repeated in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", fields):
+            of: dict[str, Any] = {"type": f"TYPE_{kind.upper()}"} if kind.islower() else {"type_name": kind}
+            declared.field.add(name=name, number=int(number), label=3 if repeated else 1, **of)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClassesForFiles(["chakra.proto"], pool), serialize_length_prefixed
@@ -1187,31 +1081,29 @@ def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel:
     A collective runs in its own dimensions of the network, of which those of size 1 are none; with one member it is
     left out, as ASTRA-sim ends silently at one. UserError where a time or a size does not fit into 64 bits.
     """
+    if max(*times.values(), *(shard.bytes for _, shards in plan for shard in shards)) >> 63:
+        raise UserError("--chakra_et: a time or a size is too large for 64 bits")
     (messages, write), trace, ids = chakra_messages(), io.BytesIO(), itertools.count()
     write(messages["GlobalMetadata"](version="0.0.4"), trace)
 
-    def add(name: str, after: list[int], attributes: dict[str, Any], **fields: int) -> list[int]:
-        attr = [{"name": key, **value} for key, value in {"is_cpu_op": {"bool_val": False}, **attributes}.items()]
-        try:
-            node = messages["Node"](id=next(ids), name=name, data_deps=dict.fromkeys(after), attr=attr, **fields)
-        except ValueError:
-            raise UserError(f"--chakra_et: the time or size of {name} is too large for 64 bits") from None
+    def add(name: str, after: list[int], attributes: Sequence[dict[str, Any]] = (), **fields: int) -> list[int]:
+        attr = [{"name": "is_cpu_op", "bool_val": False}, *attributes]
+        node = messages["Node"](id=next(ids), name=name, data_deps=dict.fromkeys(after), attr=attr, **fields)
         write(node, trace)
         return [node.id]
 
     def compute(layer: Layer, shard: PassShard, after: list[int]) -> list[int]:
-        name = f"{layer.name} {shard.pass_name}"
-        return add(name, after, {}, type=COMP_NODE, duration_micros=times[shard.gemm])
+        return add(f"{layer.name} {shard.pass_name}", after, type=COMP_NODE, duration_micros=times[shard.gemm])
 
     def communicate(layer: Layer, shard: PassShard, after: list[int]) -> list[int]:
         if shard.members == 1:
             return after
         involved = [dimension in shard.dimensions for dimension, size in enumerate(network) if size > 1]
-        attributes = {
-            "comm_type": {"int64_val": COMM_TYPES[shard.collective]},
-            "comm_size": {"int64_val": shard.bytes},
-            "involved_dim": {"bool_list": {"values": involved}},
-        }
+        attributes: list[dict[str, Any]] = [
+            {"name": "comm_type", "int64_val": COMM_TYPES[shard.collective]},
+            {"name": "comm_size", "int64_val": shard.bytes},
+            {"name": "involved_dim", "bool_list": {"values": involved}},
+        ]
         return add(f"{layer.name} {shard.pass_name} {shard.collective}", after, attributes, type=COMM_COLL_NODE)
 
     updated: list[list[int]] = [[] for _ in plan]  # after which nodes each layer has its new weights
@@ -1233,11 +1125,6 @@ def chakra_trace(plan: Plan, times: dict[Gemm, int], network: Network, parallel:
     return trace.getvalue()
 
 
-def trace_path(prefix: Path, npu: int) -> Path:
-    """Return where ASTRA-sim looks for an NPU's trace."""
-    return prefix.with_name(f"{prefix.name}.{npu}.et")
-
-
 @contextmanager
 def staged_traces(prefix: Path, trace: bytes, npus: int) -> Iterator[None]:
     """Prepare the same trace for every NPU, on disk once where links are possible; put all in place at the end."""
@@ -1251,7 +1138,7 @@ def staged_traces(prefix: Path, trace: bytes, npus: int) -> Iterator[None]:
                 source = Path(shutil.copyfile(source, other))
         yield
         for npu in range(npus):
-            os.replace(Path(name, str(npu)), trace_path(prefix, npu))
+            os.replace(Path(name, str(npu)), f"{prefix}.{npu}.et")
 
 
 # --- What the user sees
@@ -1314,14 +1201,17 @@ def generate(settings: Settings) -> None:
         print_results(dry_run_report(plan, jobs, cache, architecture, settings))
         return
     check_output(settings)
-    made_before = {"scalesim.cfg": architecture.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
-    write_files(settings.run_folder, {**made_before, **topologies(plan, settings.mnk.stem)})
+    files = {"scalesim.cfg": architecture.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
+    for index, name in enumerate(PASSES):
+        rows = ((layer.name, shards[index].gemm) for layer, shards in plan)
+        files[f"{settings.mnk.stem}_{name}.csv"] = topology(rows)
+    write_files(settings.run_folder, files)
     if scalesim:
         cycles, runs = simulated_cycles(jobs, scalesim, cache, architecture, settings)
         made = f"{runs} simulated, {len(jobs) - runs} from the cache"
     else:
         cycles, made = {job.gemm: job.cycles for job in jobs}, "by SCALE-Sim's analytical runtime"
-    write_files(settings.run_folder, {"layers.csv": layers_table(plan, cycles)})
+    write_atomic(settings.run_folder / "layers.csv", layers_table(plan, cycles))
     times = compute_times(plan, cycles, settings.time_unit, settings.clock_mhz)
     with ExitStack() as stack:  # the traces appear when all else is written
         if settings.chakra_et:
@@ -1329,7 +1219,7 @@ def generate(settings: Settings) -> None:
             stack.enter_context(staged_traces(settings.chakra_et, trace, settings.num_npus))
         write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
         if settings.summary_csv:
-            append_summary(settings.summary_csv, plan, times, len(jobs), settings)
+            append_summary(settings.summary_csv, plan, times, settings)
     seconds = time.monotonic() - started
     last = f"wrote {settings.output_file}: {len(plan)} layers, {len(jobs)} distinct GEMMs ({made}), {seconds:.1f} s"
     print_results([*result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED), last])
@@ -1353,24 +1243,18 @@ def dry_run_report(
     return lines
 
 
-def parse_flags(argv: Sequence[str]) -> Settings:
-    """Parse the command line; UserError, or an error of absl's, for a mistake in it. --help is answered here."""
-    if {"--help", "-help", "-h"} & set(argv):
-        own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
-        defaults = {flag.name: "" if flag.default in (None, "") else f"={flag.default}" for flag in own}
-        print_results([__doc__ or "", *(f"  --{flag.name}{defaults[flag.name]}\n      {flag.help}" for flag in own)])
-        sys.exit(0)
-    if rest := flags.FLAGS(list(argv))[1:]:
-        raise UserError(f"unexpected argument {quoted(rest[0])}, expected only flags, as --name=value")
-    return Settings.from_flags()
-
-
 def run(argv: Sequence[str]) -> int:
     """Run with this command line; return the exit status, after one error line where it is 1."""
     try:
-        generate(parse_flags(argv))
+        if {"--help", "-help", "-h"} & set(argv):
+            own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in the order in which they stand above
+            print_results([__doc__ or "", *(f"  --{flag.name}={flag.default}\n      {flag.help}" for flag in own)])
+            return 0
+        if rest := flags.FLAGS(list(argv))[1:]:
+            raise UserError(f"unexpected argument {quoted(rest[0])}, expected only flags, as --name=value")
+        generate(Settings.from_flags())
         return 0
-    except (UserError, flags.Error, UnicodeDecodeError) as error:  # the last: absl's, of a --flagfile
+    except (UserError, flags.Error, UnicodeDecodeError, RuntimeError) as error:  # of a --flagfile, of a ~ without home
         message = str(error)
     except FileExistsError as error:
         message = f"{error.filename} is a file, expected a folder"
@@ -1385,20 +1269,21 @@ def main() -> int:
     """Run with the command line; return the exit status, or end by the signal that came."""
     handled = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
 
-    def interrupt(number: int, _: object) -> None:
+    def handle(handler: Any) -> None:
         for each in handled:
-            signal.signal(each, signal.SIG_IGN)  # a second signal must not disturb the cleaning up
+            signal.signal(each, handler)
+
+    def interrupt(number: int, _: object) -> None:
+        handle(signal.SIG_IGN)  # a second signal must not disturb the cleaning up
         raise KeyboardInterrupt(number)
 
     try:
-        for each in handled:
-            signal.signal(each, interrupt)
+        handle(interrupt)
         status = run(sys.argv)
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)  # from now on a signal just ends the process
+        handle(signal.SIG_DFL)  # from now on a signal just ends the process
         return status
     except KeyboardInterrupt as stop:
-        signal.signal(stop.args[0], signal.SIG_DFL)
+        handle(signal.SIG_DFL)
         signal.raise_signal(stop.args[0])  # a shell's loop goes on after a mere status of 130
         return 128 + int(stop.args[0])  # process 1 of a container does not die of its own signal
 

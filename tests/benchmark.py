@@ -59,8 +59,9 @@ def original(points: list[Point], folder: Path) -> float:
         plan = plan_of(point)
         layouts = "".join(f"{layer.name},{'1,' * 20}\n" for layer, _ in plan)
         (folder / "layout.csv").write_text(f"{'-,' * 21}\n{layouts}")
-        for name, text in tool.topologies(plan, "original").items():
-            (folder / name).write_text(text)
+        for index, name in enumerate(("fwd_pass.csv", "inp_grad.csv", "weight_grad.csv")):
+            rows = [(layer.name, shards[index].gemm) for layer, shards in plan]
+            (folder / name).write_text(tool.topology(rows))
             command = [sys.executable, f"{found.folder}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
             command += ["-t", f"{folder}/{name}", "-p", f"{folder}/out"]
             command += ["-l", f"{folder}/layout.csv"] if found.version == 3 else []

@@ -88,8 +88,8 @@ def test_a_lower_bound_is_warned_of(tmp_path: Path) -> None:
     result = run(tmp_path, "--cycle_model=analytical", "--scalesim_config=c.cfg")
     assert result.status == 0
     assert result.err == (
-        f"warning: {tmp_path}/c.cfg: under InterfaceBandwidth USER analytical cycles leave out the stalls: "
-        "they are a lower bound\n"
+        f"warning: {tmp_path}/c.cfg: InterfaceBandwidth is USER: analytical cycles leave out its stalls, "
+        "and are a lower bound\n"
     )
 
 

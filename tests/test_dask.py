@@ -150,7 +150,8 @@ def test_workers_with_another_scalesim_are_refused(tmp_path: Path) -> None:
         assert f"the SCALE-Sim in {tmp_path}/theirs is not the code that this run began with" in result.err
         missing = run(tmp_path, f"--mnk={table}", f"--dask_scheduler={address}", f"--scalesim_path={tmp_path}/no")
         assert missing.err == (
-            f"error: {tmp_path}/no: no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim\n"
+            f"error: no SCALE-Sim in {tmp_path}/no, expected scale.py and run_nets.py, or the package scalesim: "
+            "pip install -r requirements.txt\n"
         )
     assert not (tmp_path / "c").exists()
 

@@ -29,6 +29,8 @@ def test_the_flags_of_the_readme_are_the_scripts_in_its_order_with_its_defaults(
     assert [name for row in names for name in row] == defined
     for (name, *_), (_, shown) in zip(names, rows):
         default = flags.FLAGS[name].default
+        if name == "cache_dir":  # in XDG_CACHE_HOME, where it is set
+            default = f"~/.cache/{Path(str(default)).name}"
         if isinstance(default, bool):
             assert shown == str(default).lower()
         elif default and name != "mnk":
@@ -44,7 +46,7 @@ def test_the_strategies_of_the_readme_are_the_scripts() -> None:
         shards = tool.shard(layer_of("", "a", 240, 240, 240, name), (8, 3), 2, "up")
         assert [shard.collective for shard in shards] == collectives
         known = {"N": 24, "P": 3, "N/P": 8, "1": 1}
-        assert tool.split_degrees(name, (8, 3)) == (known[dp], known[mp])
+        assert (shards[2].members, shards[0].members) == (known[dp], known[mp])
 
 
 def test_the_script_carries_requirements_txt() -> None:

@@ -28,7 +28,7 @@ MLP_Top_2 -1 3319 NONE 0 3319 NONE 0 2555 ALLREDUCE 524288 100
 """
 SMALL_CONFIG = tool.BUILT_IN_CONFIG.replace("Height: 256", "Height: 16").replace("Width: 256", "Width: 8")
 ROWS = ("a,20,10,30", "b,9,33,8")
-NO_ROW = "its COMPUTE_REPORT.csv has not one whole row with a whole number >= 1 as Total Cycles"
+NO_ROW = "no COMPUTE_REPORT.csv with one whole row and a number >= 1 as Total Cycles"
 Release = Callable[[str], Path]
 
 
@@ -129,7 +129,7 @@ def without(key: str) -> str:
         ),
         pytest.param(
             SMALL_CONFIG.replace("Support: false", "Support: true\nOptimizedMapping: false"),
-            "SparsitySupport is true, expected false, or OptimizedMapping: true",
+            "SparsitySupport is true, expected false, or SCALE-Sim and OptimizedMapping: true",
             id="sparsity",
         ),
     ],
@@ -176,7 +176,7 @@ def test_what_a_config_lacks_comes_from_the_built_in_one(
     ("body", "message"),
     [
         pytest.param("sys.exit(3)", "exit status 3; it last said: nothing; log:", id="exits 1"),
-        pytest.param("print('Exiting'); sys.exit(0)", "it wrote no COMPUTE_REPORT.csv; it last said: Exiting", id="0"),
+        pytest.param("print('Exiting'); sys.exit(0)", f"{NO_ROW}; it last said: Exiting", id="0"),
         pytest.param(
             f"{GOOD_REPORT}\nraise ValueError('half\\nway')", "exit status 1; it last said: raise ValueError", id="late"
         ),
@@ -226,8 +226,8 @@ def test_a_scalesim_folder_that_is_none(kind: str, tmp_path: Path) -> None:
     elif kind == "file":
         path.write_text("")
     result = run(tmp_path, f"--scalesim_path={path}")
-    expected = "no SCALE-Sim, expected scale.py and run_nets.py, or the package scalesim"
-    assert (result.status, result.err) == (1, f"error: {path}: {expected}\n")
+    expected = "expected scale.py and run_nets.py, or the package scalesim: pip install -r requirements.txt"
+    assert (result.status, result.err) == (1, f"error: no SCALE-Sim in {path}, {expected}\n")
 
 
 def test_what_runs_is_what_was_found(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_runs_is_what_was_found(tmp_path: Path) -> None:
 
 def test_scalesim_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(tool.UserError, match=r"^SCALE-Sim is not installed: pip install -r requirements.txt, or give"):
+    with pytest.raises(tool.UserError, match=r"^no SCALE-Sim is installed, expected .*: pip install -r requirements"):
         tool.find_scalesim(None, "")
 
 

@@ -86,6 +86,6 @@ def test_collectives_of_1_to_3_bytes_get_one_warning(tmp_path: Path, capsys: pyt
     layers = [layer_of(f"t:{n}", f"small{n}", 16, n, 1, "DATA") for n in (4, 3, 2, 1)]
     check(tmp_path, layers, datatype_size=1)
     assert capsys.readouterr().err == (
-        "warning: layer small3: the ALLREDUCE of the weight gradient pass comes to 3 bytes (3 such in all): "
+        "warning: layer small1: the ALLREDUCE of the weight gradient pass comes to 1 bytes (3 such in all): "
         "ASTRA-sim may never end at 1 to 3, try 4 or more\n"
     )

@@ -32,7 +32,6 @@ def times(cycles: int, unit: str, clock: float | None) -> int:
         (1750, "us", 700.0, 2),  # 2.5, to even
         (2450, "us", 700.0, 4),  # 3.5, to even
         (1, "us", 700.0, 1),  # never to 0
-        (0, "us", 700.0, 0),
         (1, "ns", 2500.0, 1),  # 0.4
         (10**20 + 1, "ns", 1000.0, 10**20 + 1),  # exact beyond floating point
         (3, "us", 0.1, 30),  # 0.1 as it is written, not as floating point has it

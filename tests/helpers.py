@@ -45,9 +45,9 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-def layer_of(where: str, name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
+def layer_of(name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
     """Return a layer that is a GEMM."""
-    return tool.Layer(where, name, m, n, k, strategy, m * k)
+    return tool.Layer(name, m, n, k, strategy, m * k)
 
 
 def seen_on_a_terminal(folder: Path, *flags: str) -> str:

@@ -69,10 +69,10 @@ def test_by_hand(array: tuple[int, int], dataflow: str, expected: int, tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        pytest.param("Height: 256", "Height: 8,64", "ArrayHeight or ArrayWidth is missing or wrong", id="range"),
-        pytest.param("Width: 256", "Width: 0", "ArrayHeight or ArrayWidth is missing or wrong", id="no columns"),
+        pytest.param("Height: 256", "Height: 8,64", "are ['8,64', '256', 'ws'], expected", id="range"),
+        pytest.param("Width: 256", "Width: 0", "are ['256', '0', 'ws'], expected", id="no columns"),
         pytest.param("Support: false", "Support: True", "SparsitySupport is true, expected false, or", id="sparsity"),
-        pytest.param("Dataflow: ws", "Dataflow: rs", "Dataflow is 'rs', expected os, ws or is", id="dataflow"),
+        pytest.param("Dataflow: ws", "Dataflow: rs", "are ['256', '256', 'rs'], expected", id="dataflow"),
     ],
 )
 def test_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_a_lower_bound_is_warned_of(tmp_path: Path) -> None:
     result = run(tmp_path, "--cycle_model=analytical", "--scalesim_config=c.cfg")
     assert result.status == 0
     assert result.err == (
-        f"warning: {tmp_path}/c.cfg: InterfaceBandwidth is USER: analytical cycles leave out its stalls, "
-        "and are a lower bound\n"
+        f"warning: {tmp_path}/c.cfg: InterfaceBandwidth is USER: without its stalls analytical cycles "
+        "are a lower bound\n"
     )
 
 

@@ -49,12 +49,12 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
         (["--num_npu=-4"], "-4 is not an integer in the range [1, 2147483647]"),
         (["--num_npus=" + "9" * 30], "is not an integer in the range [1, 2147483647]"),
         (["--update_time=" + "9" * 30], "is not an integer in the range [0, 2147483647]"),
-        (["--flagfile=nul"], ": a NUL character, expected none in a path"),
+        (["--flagfile=nul"], "error: embedded null byte"),
         (["--num_npus=1.5"], "flag --num_npus=1.5: "),
         (["--datatype_size=0"], "flag --datatype_size=0: 0 is not an integer in the range [1, 1048576]"),
         (["--parallel=PIPELINE"], "value should be one of <DATA|MODEL|HYBRID_DATA_MODEL|HYBRID_MODEL_DATA|HYBRID_"),
         (["--colour=red"], "Unknown command line flag 'colour'"),
-        (["example.csv"], "unexpected argument 'example.csv', expected only flags, as --name=value"),
+        (["example.csv"], "unexpected argument 'example.csv', expected --name=value"),
         (["--jobs=0"], "flag --jobs=0: 0 is not a positive integer"),
         (["--update_time=-1"], "flag --update_time=-1: -1 is not an integer in the range [0, "),
         (["--run_name=../../x"], "flag --run_name=../../x: expected a folder below outputs"),
@@ -67,20 +67,12 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
         (["--mnk=missing.csv"], "/missing.csv: No such file or directory"),
         (["--mnk=."], ": Is a directory"),
         (["--scalesim_config=missing.cfg"], "/missing.cfg: No such file or directory"),
-        (["--output_file=."], " is a folder, expected a file"),
+        (["--output_file=."], " is a folder or was given to read, expected another file"),
         (["--chakra_et=/", "--time_unit=us", "--clock_mhz=1"], "flag --chakra_et=/: expected how file names begin"),
         (["--chakra_et=a/", "--time_unit=us", "--clock_mhz=1"], "flag --chakra_et=a/: expected how file names begin"),
         (["--chakra_et=..", "--time_unit=us", "--clock_mhz=1"], "flag --chakra_et=..: expected how file names begin"),
-        (
-            ["--summary_csv=s.txt", "--output_file=s.txt"],
-            "/s.txt is to be written twice, expected another file for each",
-        ),
-        (
-            ["--chakra_et=et/x", "--output_file=et/x.2.et", "--time_unit=us", "--clock_mhz=1"],
-            "/et/x.2.et is to be written twice",
-        ),
-        (["--output_file=outputs/DATA"], "outputs/DATA is a folder, expected a file"),
-        (["--output_file=workload.txt/x"], "/workload.txt is a file, expected a folder"),
+        (["--output_file=outputs/DATA"], "outputs/DATA is a folder or was given to read, expected"),
+        (["--output_file=workload.txt/x"], "/workload.txt: File exists"),
         (["--output_file=" + "x" * 300], ": File name too long"),
         ([f"--flagfile={sys.executable}"], "codec can't decode"),
     ],
@@ -101,7 +93,7 @@ def test_help_lists_the_flags_in_order_on_stdout(tmp_path: Path) -> None:
     listed = re.findall(r"^  --(\w+)", result.out, re.MULTILINE)
     assert re.findall(r"^  --(?:jobs|num_npus|dry_run).*", result.out, re.MULTILINE) == [
         "  --num_npus=8",
-        "  --jobs",
+        "  --jobs=None",
         "  --dry_run=False",
     ]
     assert listed[:6] == ["mnk", "parallel", "num_npus", "num_npu", "num_packages", "datatype_size"]
@@ -119,7 +111,7 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
 
 def test_a_python_without_the_packages(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-S", str(SCRIPT), "--help"], capture_output=True, text=True)
-    expected = f"error: no absl in {sys.executable}, expected one with: pip install -r requirements.txt\n"
+    expected = f"error: no absl in {sys.executable}: pip install -r requirements.txt\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
@@ -136,13 +128,10 @@ def test_the_output_keeps_to_the_umask_and_to_links(tmp_path: Path) -> None:
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real.txt").read_text().startswith("DATA\n7\n")
     (tmp_path / "plain").touch()
-    (tmp_path / "shared.txt").touch(0o664)
-    (tmp_path / "shared.txt").chmod(0o664)
     assert run(tmp_path, FAST, "--output_file=new.txt").status == 0
-    assert run(tmp_path, FAST, "--output_file=shared.txt").status == 0
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.txt")}
     umask = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    assert modes == {"link.txt": umask, "real.txt": umask, "new.txt": umask, "shared.txt": 0o664}
+    assert modes == {"link.txt": umask, "real.txt": umask, "new.txt": umask}
 
 
 def test_pipes_in_and_out(tmp_path: Path) -> None:
@@ -234,11 +223,11 @@ def test_a_folder_that_is_not_to_be_written(what: str, tmp_path: Path) -> None:
         closed.chmod(0o755)
     if what == "cache":
         assert done.returncode == 0
-        assert done.stderr.startswith(f"warning: can't cache finished simulations in {tmp_path}/cache/")
+        assert done.stderr.startswith(f"warning: can't cache in {tmp_path}/cache/")
         assert "Permission denied; going on without" in done.stderr
         return
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
-    where = "outputs: Permission denied" if what == "run folder" else f"{what} can't be written: no permission"
+    where = "outputs: Permission denied" if what == "run folder" else f"{what}: no permission to write"
     assert done.stderr == f"error: {tmp_path}/{where}\n"
     assert list((tmp_path / "cache").iterdir()) == [], "noticed before anything was simulated"
     assert (tmp_path / "output" / "w.txt").read_text() == "mine"
@@ -288,7 +277,7 @@ def test_what_was_given_to_read_is_not_overwritten(given: str, tmp_path: Path) -
     before = (tmp_path / name).read_text()
     (tmp_path / "link").symlink_to(name)
     result = run(tmp_path, FAST, f"--mnk={table}", "--scalesim_config=c.cfg", "--output_file=link")
-    assert result.err == f"error: {tmp_path}/{name} is what was given to read, expected another file to write\n"
+    assert result.err == f"error: {tmp_path}/{name} is a folder or was given to read, expected another file to write\n"
     assert (tmp_path / name).read_text() == before
 
 
@@ -337,5 +326,5 @@ def test_the_bar_is_for_terminals_only(tmp_path: Path) -> None:
     assert run(tmp_path, *flags).err == ""
     seen = seen_on_a_terminal(tmp_path, *flags)
     assert "GEMM 1/" in seen
-    assert re.search(r"00:0\d of \d+ s to \d+ s, ", seen)
+    assert re.search(r"00:0\d<\S+ of \d+ s to \d+ s, ", seen)
     assert ", layer a, " in seen

@@ -43,7 +43,7 @@ def test_the_strategies_of_the_readme_are_the_scripts() -> None:
     rows = re.findall(r"^\| `(\w+)`.*? \| (\S+) \| (\S+) \| (\w+) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
     assert [row[0] for row in rows] == list(PLAIN)
     for name, dp, mp, *collectives in rows:
-        shards = tool.shard(layer_of("", "a", 240, 240, 240, name), (8, 3), 2, "up")
+        shards = tool.shard(layer_of("a", 240, 240, 240, name), (8, 3), 2, "up")
         assert [shard.collective for shard in shards] == collectives
         known = {"N": 24, "P": 3, "N/P": 8, "1": 1}
         assert (shards[2].members, shards[0].members) == (known[dp], known[mp])

@@ -459,7 +459,7 @@ def test_estimated_seconds_grow_with_the_cycles(dataflow: str) -> None:
     architecture = tool.read_architecture(None)._replace(dataflow=dataflow)
     gemms = [tool.Gemm(256 * 2**i, 256 * 2**i, 256 * 2**i) for i in range(8)]
     cycles = [tool.estimated_cycles(gemm, architecture) for gemm in gemms]
-    seconds = [tool.estimated_seconds(gemm, architecture) for gemm in gemms]
+    seconds = [tool.estimated_cost(gemm, architecture)[1] for gemm in gemms]
     assert sorted(set(cycles)) == cycles
     assert sorted(set(seconds)) == seconds
 
@@ -471,7 +471,7 @@ def test_estimated_seconds_grow_with_the_array() -> None:
         architecture = tool.read_architecture(None)._replace(rows=side, columns=side)
         gemm = tool.Gemm(10_000 - 3 * side, 8, 8)
         cycles.append(tool.estimated_cycles(gemm, architecture))
-        seconds.append(tool.estimated_seconds(gemm, architecture))
+        seconds.append(tool.estimated_cost(gemm, architecture)[1])
     assert len(set(cycles)) == 1
     assert sorted(set(seconds)) == seconds
 
@@ -480,7 +480,7 @@ def test_estimated_seconds_grow_with_the_array() -> None:
 @pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
 def test_estimated_seconds_of_huge_gemms_are_finite(dataflow: str, side: int) -> None:
     architecture = tool.read_architecture(None)._replace(rows=side, columns=side, dataflow=dataflow)
-    assert 0 < tool.estimated_seconds(tool.Gemm(10**30, 10**30, 10**30), architecture) < math.inf
+    assert 0 < tool.estimated_cost(tool.Gemm(10**30, 10**30, 10**30), architecture)[1] < math.inf
 
 
 def test_a_dry_run_of_huge_gemms(dry: Dry, tmp_path: Path) -> None:
@@ -501,8 +501,8 @@ def test_the_bar_counts_gemms_and_says_how_long_from_the_start(tmp_path: Path) -
     seen = seen_on_a_terminal(tmp_path, *flags)
     bars = seen.split("\r")
     first = next(bar for bar in bars if bar.startswith("GEMM"))
-    assert re.match(r"GEMM 1/3 .* 00:00 of \d+ s to \d+ s", first)
-    assert any(re.match(r"GEMM [123]/3 .* 00:01 of \d+ s to \d+ s, 8x8x16, layer a, forward", bar) for bar in bars)
+    assert re.match(r"GEMM 1/3 .* 00:00<\? of \d+ s to \d+ s", first)
+    assert any(re.match(r"GEMM [123]/3 .* 00:01<\S+ of \d+ s to \d+ s, 8x8x16, layer a, forward", bar) for bar in bars)
     assert any(bar.startswith("GEMM 3/3 ") for bar in bars)
 
 
@@ -525,17 +525,10 @@ def test_a_torn_last_line_of_a_summary_is_ended_first(tmp_path: Path) -> None:
     assert (tmp_path / "s.csv").read_text() == whole[:-9] + "\n" + whole.splitlines()[1] + "\n"
 
 
-def test_a_link_to_another_output_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("w.txt")
-    result = run(tmp_path, FAST, "--output_file=w.txt", "--summary_csv=link")
-    assert is_one_error_line(result)
-    assert "/w.txt is to be written twice" in result.err
-
-
 def test_one_entry_with_nonsense_seconds_does_not_hide_the_others(tmp_path: Path) -> None:
     architecture, gemm = tool.read_architecture(None), tool.Gemm(8, 8, 8)
     cache = tool.Cache(tmp_path, 3)
-    took = 5 * tool.estimated_seconds(gemm, architecture)
+    took = 5 * tool.estimated_cost(gemm, architecture)[1]
     report = {"COMPUTE_REPORT.csv": "LayerID, Total Cycles,\n0, 5,\n"}
     cache.store(gemm, tool.Simulation(0, took, report))
     for m, seconds in enumerate((math.inf, math.nan, -1.0, 1e308), 9):

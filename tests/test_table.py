@@ -14,7 +14,7 @@ FIVE = "Layer,m,n,k,CustomizedParallelization"
 def read(tmp_path: Path, data: bytes, parallel: str = "DATA") -> list[tuple[str, int, int, int, str]]:
     path = tmp_path / "table.csv"
     path.write_bytes(data)
-    return [layer[1:6] for layer in tool.read_layers(path, parallel, 1)]
+    return [layer[:5] for layer in tool.read_layers(path, parallel, 1)]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,11 @@ def test_blanks_in_a_name_become_underscores_with_a_warning(tmp_path: Path, caps
     layers = read(tmp_path, "Layer,m,n,k\na,1,2,3\n\u00e9 b\u00a0c,1,2,3\nd e,1,2,3\n".encode())
     assert [layer[0] for layer in layers] == ["a", "\u00e9_b_c", "d_e"]
     where = f"{tmp_path}/table.csv:3"
-    assert capsys.readouterr().err == (
-        f"warning: {where}: blanks in a name become _, as ASTRA-sim reads words (2 such in all)\n"
-    )
+    assert capsys.readouterr().err == (f"warning: {where}: blanks in a name become _ (2 such in all)\n")
 
 
 HEADERS = (
-    "expected Layer,m,n,k or Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
+    "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides"
 )
 
 
@@ -68,7 +66,7 @@ HEADERS = (
         pytest.param(b"Layer,m,n\na,1,2\n", 1, f"header 'layer,m,n', {HEADERS}", id="header without k"),
         pytest.param(b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'layer,m,n,n', {HEADERS}", id="column twice"),
         pytest.param(b"\nLayer,m,n,k,x\n", 2, f"header 'layer,m,n,k,x', {HEADERS}", id="unknown column"),
-        pytest.param(b"Layer,m,n,k\n", 1, "no layers, expected one a line below the header", id="no layers"),
+        pytest.param(b"Layer,m,n,k\n", 1, "no layers, expected one in each line below", id="no layers"),
         pytest.param(b"Layer,m,n,k\na,1,2,3\nb,1,2\n", 3, "3 columns, expected 4 as in the header", id="too few"),
         pytest.param(b"Layer,m,n,k\na,1,2,3,4\n", 2, "5 columns, expected 4 as in the header", id="too many"),
         pytest.param(b"Layer,m,n,k\n,1,2,3\n", 2, "layer name '', expected printable characters", id="nameless"),
@@ -104,7 +102,7 @@ def test_refused(tmp_path: Path, data: bytes, line: int, message: str) -> None:
         pytest.param(
             b"Layer,m,n,k\na,1,2,3\n",
             1,
-            "no column CustomizedParallelization, expected one under --parallel=HYBRID_CUSTOMIZED",
+            "no column CustomizedParallelization, expected one for HYBRID_CUSTOMIZED",
             id="no fifth column",
         ),
         *(

@@ -10,7 +10,8 @@ import pytest
 import gen_astrasim_workload_input as tool
 from helpers import MNK_INPUTS, PLAIN, layer_of, read_like_astrasim, read_like_chakra, settings, shards_of, write_table
 
-FOOTNOTE = "* a size that does not divide: not all NPUs have the same share"
+TOPOLOGY_HEADER = "layer name,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides,\n"
+FOOTNOTE = "* a size that does not divide: NPUs have different shares"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -60,7 +61,7 @@ def test_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     generate(tmp_path, mnk=mnk, run_folder=folder)
     names = {f"my.layers_{name}.csv" for name in tool.PASSES}
     assert {file.name for file in folder.iterdir()} == {*names, "layers.csv", "scalesim.cfg", "cycle_model.txt"}
-    assert (folder / "my.layers_inp_grad.csv").read_text() == tool.TOPOLOGY_HEADER + "a__b,4,20,1,20,1,30,1,\n"
+    assert (folder / "my.layers_inp_grad.csv").read_text() == TOPOLOGY_HEADER + "a__b,4,20,1,20,1,30,1,\n"
     with (folder / "layers.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
     assert [row["pass"] for row in rows] == list(tool.PASSES.values())
@@ -110,7 +111,7 @@ def test_uneven_layers_are_marked(
     ],
 )
 def test_repeated_blocks_are_shown_once_in_the_networks_order(kinds: str, expected: list[str], tmp_path: Path) -> None:
-    layers = [layer_of("", str(i), 16 * ord(kind), 16, 16, "DATA") for i, kind in enumerate(kinds)]
+    layers = [layer_of(str(i), 16 * ord(kind), 16, 16, "DATA") for i, kind in enumerate(kinds)]
     plan = [(layer, shards_of(layer, settings(tmp_path))) for layer in layers]
     times = {shard.gemm: 1 for _, shards in plan for shard in shards}
     lines = tool.result_table(plan, times, "us", customized=False)

@@ -108,5 +108,5 @@ def test_the_output_that_the_readme_shows() -> None:
     _, layers = read_like_astrasim(golden)
     shown = README.split("```text\n")[1].split("```")[0]
     cycles = [int(number.replace(",", "")) for number in re.findall(r"x\d+ +([\d,]+)  ", shown)]
-    assert cycles == [time for i in (0, 1, 3, 4, 5) for time, _, _ in layers[i].passes]
+    assert cycles == [time for i in (0, 1) for time, _, _ in layers[i].passes]
     assert f"{sum(time for layer in layers for time, _, _ in layer.passes):,}  cycles" in shown

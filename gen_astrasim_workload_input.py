@@ -96,8 +96,8 @@ def write_atomic(path: Path, text: str) -> None:
     target = path.resolve()  # a link stays a link
     part = target.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(text.encode())
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode())
         else:
             part.write_bytes(text.encode())
             os.replace(part, target)
@@ -892,10 +892,10 @@ def append_summary(path: Path, plan: Plan, times: Times, settings: Settings) -> 
 
 
 def check_output(settings: Settings) -> None:
-    """Make folders, and refuse now what could not be written after hours."""
+    """Make folders; refuse now what could not be written after hours."""
     prefix, summary = settings.chakra_et, settings.summary_csv
     traces = [Path(f"{prefix}.{npu}.et") for npu in range(settings.num_npus)] if prefix and chakra_messages() else []
-    targets = [path.resolve() for path in (settings.output_file, summary, *traces) if path]
+    targets = [path.resolve() for path in (settings.output_file, summary, *traces) if path and not path.is_fifo()]
     given = [path.resolve() for path in (settings.mnk, settings.scalesim_config) if path and path.is_file()]
     folders = {settings.run_folder, *(target.parent for target in targets)}
     for folder in folders:
@@ -990,7 +990,7 @@ def staged_traces(prefix: Path, trace: bytes, npus: int) -> Iterator[None]:
         for made, following in itertools.pairwise(staged):
             try:
                 os.link(made, following)
-            except OSError:  # no links here, or no more of this one
+            except OSError:  # no links here, or no more
                 shutil.copyfile(made, following)
         yield
         for npu, file in enumerate(staged):
@@ -1061,7 +1061,8 @@ def generate(settings: Settings) -> None:
     write_files(settings.run_folder, files)
     cycles, made = {job.gemm: job.cycles for job in jobs}, "analytical"
     if scalesim:
-        for gemm, (cycles[gemm], simulation) in cached.items():
+        for gemm, (count, simulation) in cached.items():
+            cycles[gemm] = count
             write_files(settings.run_folder / f"gemm_{gemm}", simulation.files)
         cycles |= simulated_cycles(new, scalesim, cache, cache.pace(array), settings) if new else {}
         made = f"{len(new)} simulated, {len(cached)} from the cache"
@@ -1090,7 +1091,7 @@ def forecast(plan: Plan, jobs: list[Job], new: list[Job], pace: float, settings:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run with this command line; return the exit status, after one line where it is 1."""
+    """Run with this command line; return the exit status."""
     try:
         if {"--help", "-h"} & {*argv}:
             own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # as above
@@ -1128,7 +1129,7 @@ def main() -> int:
         return status
     except KeyboardInterrupt as stop:
         handle(signal.SIG_DFL)
-        signal.raise_signal(stop.args[0])  # for a shell's loop, which goes on after a mere 130
+        signal.raise_signal(stop.args[0])  # a shell's loop goes on after a mere 130
         return 130  # of process 1, which survives this
 
 

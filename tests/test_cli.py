@@ -148,6 +148,9 @@ def test_pipes_in_and_out(tmp_path: Path) -> None:
     assert run(tmp_path, FAST, "--mnk=pipe.csv").status == 0
     writer.join()
     assert (tmp_path / "outputs/DATA/pipe/scalesim.cfg").is_file()
+    out = run(tmp_path, FAST, "--output_file=/dev/stdout").out
+    assert out.startswith((tmp_path / "workload.txt").read_text())
+    assert "\nwrote /dev/stdout: 7 layers, " in out
 
 
 def test_warnings_that_nobody_reads_end_nothing(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ for _name in ("mnk", "output_file"):
     flags.register_validator(_name, bool, "expected a path")
 flags.register_validator("chakra_et", re.compile("(.*[^/.][^/]*)?$").match, "expected how file names begin")
 flags.register_validator(
-    "run_name", lambda name: not {"/", ".", ".."} & {*name.split("/"), name[:1]}, "expected a folder below outputs"
+    "run_name", lambda name: name[:1] != "/" and not {".", ".."} & {*name.split("/")}, "expected a folder below outputs"
 )
 flags.register_multi_flags_validator(
     ["num_npus", "num_packages"], lambda of: of["num_npus"] % of["num_packages"] == 0, "packages must divide NPUs"
@@ -252,7 +252,7 @@ def _columns(where: str, header: list[str], parallel: str) -> dict[str, int]:
         names[1] = "ifmap height"  # as 14 of SCALE-Sim's files call it
     sizes = (*CONVOLUTION, "padding") if "strides" in names else ("m", "n", "k")
     columns = {name: place for place, name in enumerate(names) if name in ("layer", *sizes, OWN_STRATEGY)}
-    others = [name for name in names if name and columns.get(name) != names.index(name)]  # or twice
+    others = [name for name in names if name and columns.get(name) != names.index(name)]  # unknown or twice
     if {"layer", *sizes[:7]} - columns.keys() or (others and "m" in sizes) or columns.keys() & {*others}:
         expected = f"expected layer,m,n,k or layer,{','.join(CONVOLUTION)}"
         raise UserError(f"{where}: header {','.join(names)!a:.60}, {expected}")
@@ -293,9 +293,9 @@ def _layer(where: str, cells: dict[str, str], parallel: str, minibatch: int) -> 
     if "m" in sizes:
         m, n, k = sizes["m"], sizes["n"], sizes["k"]
         return Layer(name, m, n, k, strategy, m * k)
-    height, width, rows, columns, channels, n, stride = (sizes[column] for column in CONVOLUTION)
-    m, k, inputs = minibatch, rows * columns * channels, minibatch * height * width * channels
-    for ifmap, window in ((height, rows), (width, columns)):
+    height, width, tall, wide, channels, n, stride = (sizes[column] for column in CONVOLUTION)
+    m, k, inputs = minibatch, tall * wide * channels, minibatch * height * width * channels
+    for ifmap, window in ((height, tall), (width, wide)):
         room = ifmap + 2 * sizes.get("padding", 0) - window
         if room < 0 or "DP" in name:
             raise UserError(f"{where}: depth-wise (DP), or a filter larger than its ifmap, expected neither")
@@ -317,7 +317,7 @@ class Gemm(NamedTuple):
 
 
 class PassShard(NamedTuple):
-    """One NPU's part of a pass; the collective that follows, its dimensions and members."""
+    """One NPU's part of a pass; the collective that follows, its dimensions, members: mp, mp, dp."""
 
     pass_name: str
     gemm: Gemm
@@ -347,7 +347,7 @@ def shard(layer: Layer, network: Sequence[int], datatype_size: int, rounding: st
         (Gemm(k, columns, rows), "ALLREDUCE", n * k * datatype_size // mp, along_m, dp),
     ]
     return [
-        PassShard(name, gemm, *((collective, size) if along else ("NONE", 0)), along, members)
+        PassShard(name, gemm, collective if along else "NONE", size if along else 0, along, members)
         for name, (gemm, collective, size, along, members) in zip(PASSES.values(), passes)
     ]
 
@@ -501,12 +501,12 @@ def run_scalesim(version: str, folder: str) -> None:
         sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
         runpy.run_path(f"{folder}/scale.py", run_name="__main__")
         return
-    import scalesim  # noqa: F401 - from that folder, which is none of Python's own for the rest
+    import scalesim  # noqa: F401 - from `folder`, in which the imports below must not look
 
     sys.path.remove(folder)
     import numpy
 
-    vars(numpy).setdefault("int", int)  # gone since 1.24, but used by 2.0, 2.0.1 and c28fd1b
+    vars(numpy).setdefault("int", int)  # gone since 1.24, but used by SCALE-Sim up to 2.0.1
     from scalesim.scale_sim import scalesim as simulator
 
     wanted = {"config": "gemm.cfg", "topology": "gemm.csv", "layout": "layout.csv", "save_disk_space": True}
@@ -632,7 +632,7 @@ class Cache:
             self.folder = None
 
     def pace(self, array: Architecture) -> float:
-        """Return how many times their estimated seconds simulations took."""
+        """Return cached simulations' seconds, divided by their estimates."""
         took = estimated = 0.0
         for file in itertools.islice(self.folder.glob("*.json") if self.folder else (), 100):
             sizes = file.stem.split("x")
@@ -878,9 +878,9 @@ SUMMARY = (
 
 def append_summary(path: Path, plan: Plan, times: Times, settings: Settings) -> None:
     """Append a row of this run, whole, also beside other runs."""
-    values = {name: getattr(settings, name) for name in SUMMARY.split(",")[:9]}
+    values = {name: getattr(settings, name) for name in SUMMARY.split(",")[:9]}  # flags
     if settings.minibatch == 1 and all(layer.inputs == layer.m * layer.k for layer, _ in plan):
-        values["minibatch"] = None  # a table of GEMMs
+        values["minibatch"] = None  # as GEMMs are
     compute, collectives = _pass_totals(plan, times), itertools.chain(*collective_totals(plan).values())
     row = _csv_text([*values.values(), *compute, sum(compute), *collectives, len(times), settings.output_file])
     with path.open("a+b") as file:
@@ -1021,7 +1021,7 @@ def result_table(plan: Plan, times: Times, unit: str, customized: bool) -> list[
 
 
 def merged_layers(plan: Plan) -> Iterator[Plan]:
-    """Yield the layers in order; where a block of up to 32 repeats, those of one place together."""
+    """Yield equal layers together: one place of a block, of up to 32 layers, that repeats."""
     kinds: dict[tuple[Any, ...], int] = {}  # a letter for each kind of layer
     text = "".join(chr(kinds.setdefault(layer[1:], len(kinds))) for layer, _ in plan)
     for block in re.finditer(r"(.{1,32}?)\1+|.", text, re.DOTALL):
@@ -1059,13 +1059,14 @@ def generate(settings: Settings) -> None:
         rows = ((layer.name, shards[index].gemm) for layer, shards in plan)
         files[f"{settings.mnk.stem}_{name}.csv"] = topology(rows)
     write_files(settings.run_folder, files)
-    cycles, made = {job.gemm: job.cycles for job in jobs}, "analytical"
+    cycles, how = {job.gemm: job.cycles for job in jobs}, "analytical"
     if scalesim:
+        cycles = {}
         for gemm, (count, simulation) in cached.items():
             cycles[gemm] = count
             write_files(settings.run_folder / f"gemm_{gemm}", simulation.files)
         cycles |= simulated_cycles(new, scalesim, cache, cache.pace(array), settings) if new else {}
-        made = f"{len(new)} simulated, {len(cached)} from the cache"
+        how = f"{len(new)} simulated, {len(cached)} from the cache"
     write_atomic(settings.run_folder / "layers.csv", _layers_table(plan, cycles))
     times = compute_times(plan, cycles, settings.time_unit, settings.clock_mhz)
     trace = chakra_trace(plan, times, network, settings.parallel, settings.num_passes) if settings.chakra_et else b""
@@ -1074,7 +1075,7 @@ def generate(settings: Settings) -> None:
         if settings.summary_csv:
             append_summary(settings.summary_csv, plan, times, settings)
     lines = result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED)
-    done = f"{len(plan)} layers, {len(jobs)} distinct GEMMs ({made}), {time.monotonic() - started:.1f} s"
+    done = f"{len(plan)} layers, {len(jobs)} distinct GEMMs ({how}), {time.monotonic() - started:.1f} s"
     print_results([*lines, f"wrote {settings.output_file}: {done}"])
 
 
@@ -1094,7 +1095,7 @@ def run(argv: Sequence[str]) -> int:
     """Run with this command line; return the exit status."""
     try:
         if {"--help", "-h"} & {*argv}:
-            own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # as above
+            own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in order
             print_results([__doc__ or "", *(f"  --{flag.name}={flag.default}\n      {flag.help}" for flag in own)])
         elif rest := flags.FLAGS(list(argv))[1:]:
             raise UserError(f"unexpected argument {rest[0]!a:.60}, expected --name=value")

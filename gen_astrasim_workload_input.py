@@ -758,7 +758,7 @@ def run_side_by_side(submit: Submit, jobs: list[Job], slots: int, memory: float)
 
 
 def estimated_range(jobs: list[Job], pace: float, slots: int, memory: float) -> str:
-    """Return how long simulations will take, which slow each other."""
+    """Return how long simulations take, which slow each other."""
     slots = max(1, int(min(slots, memory // max([1, *(job.memory for job in jobs)]))))
     longest, shared = max([0.0, *(job.seconds for job in jobs)]), sum(job.seconds for job in jobs) / slots
     said = []
@@ -962,7 +962,7 @@ def chakra_trace(plan: Plan, times: Times, network: Sequence[int], parallel: str
         return [node.id]
 
     compute, communicate = add, partial(add, collective=True)
-    updated: list[list[int]] = [[] for _ in plan]  # after which nodes each layer has its new weights
+    updated: list[list[int]] = [[] for _ in plan]  # the nodes after which a layer has new weights
     for _ in range(num_passes):
         before: list[int] = []
         for index, (layer, (forward, _, _)) in enumerate(plan):

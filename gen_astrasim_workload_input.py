@@ -8,13 +8,14 @@
   python gen_astrasim_workload_input.py --num_npus=16 --num_packages=2
   python gen_astrasim_workload_input.py --mnk=my_layers.csv --parallel=MODEL --output_file=model.txt
 
-mnk table -> layers -> per-NPU GEMMs, three a layer -> cycles, from SCALE-Sim -> workload file
+mnk table -> layers -> one NPU's GEMMs, three for each layer -> cycles from SCALE-Sim -> workload
 """
 
 from __future__ import annotations
 
 import configparser
 import csv
+import difflib
 import errno
 import fcntl
 import gc
@@ -22,7 +23,6 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -38,132 +38,145 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
-    from absl import flags
+    from absl import app, flags
     from tqdm import tqdm
 except ImportError as missing:
     sys.exit(f"error: no {missing.name} in {sys.executable}: pip install -r requirements.txt")
 
+tqdm.get_lock()  # type: ignore[no-untyped-call] # made now: an interrupt in the making is lost
 
-# --- Constants
-Dimensions = tuple[int, ...]  # of the network: 0 is within a package, 1 between packages
-STRATEGIES: dict[str, tuple[Dimensions, Dimensions]] = {  # that split a layer's m, and its n
-    "DATA": ((0, 1), ()),
-    "MODEL": ((), (0, 1)),
-    "HYBRID_DATA_MODEL": ((1,), (0,)),
-    "HYBRID_MODEL_DATA": ((0,), (1,)),
+
+# --- What stands in tables and files
+
+Dimensions = tuple[int, ...]  # of the network: 0 is within a package, 1 is between packages
+Network = tuple[int, int]  # NPUs in a package, packages
+
+
+class Strategy(NamedTuple):
+    """The dimensions of the network over which a layer's sizes are split."""
+
+    split_m: Dimensions  # data parallelism: the NPUs of a group have different rows
+    split_n: Dimensions  # model parallelism: the NPUs of a group have different outputs
+
+
+STRATEGIES = {
+    "DATA": Strategy(split_m=(0, 1), split_n=()),
+    "MODEL": Strategy(split_m=(), split_n=(0, 1)),
+    "HYBRID_DATA_MODEL": Strategy(split_m=(1,), split_n=(0,)),
+    "HYBRID_MODEL_DATA": Strategy(split_m=(0,), split_n=(1,)),
 }
-CUSTOMIZED = "HYBRID_CUSTOMIZED"
-COMM_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0}  # their numbers in Chakra
-PASSES = {"fwd_pass": "forward", "inp_grad": "input gradient", "weight_grad": "weight gradient"}
+CUSTOMIZED = "HYBRID_CUSTOMIZED"  # each layer has a strategy of its own
 
-
-# --- Messages, numbers and files
-class UserError(ValueError):
-    """What the user can mend."""
-
-
-def print_message(kind: str, message: str) -> None:
-    """Print one line to stderr, if anybody can read it."""
-    with suppress(OSError, ValueError):
-        tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
-
-
-warn = partial(print_message, "warning")
-
-
-def print_results(lines: Iterable[str]) -> None:
-    """Print to stdout; who stops reading has seen enough."""
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def whole_number(text: str) -> int:
-    """Return what up to 30 digits say, or -1; int() also takes signs and 1_000."""
-    return int(text) if re.fullmatch("[0-9]{1,30}", text) else -1
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what is no regular file is written to as it is."""
-    target = path.resolve()  # a link stays a link
-    part = target.with_name(f".{os.urandom(8).hex()}.part")
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(text.encode())
-        else:
-            part.write_bytes(text.encode())
-            os.replace(part, target)
-    except OSError as error:
-        error.filename = path  # a full disk has none
-        raise
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def write_files(folder: Path, files: dict[str, str]) -> None:
-    """Write texts by their names into a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_atomic(folder / name, text)
-
+COLLECTIVE_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0}  # numbers of Chakra
+PASS_FILES = {
+    "forward": "fwd_pass",
+    "input gradient": "inp_grad",
+    "weight gradient": "weight_grad",
+}
+COUNTED_BY_SHARE = ("ALLGATHER",)  # by one NPU's bytes; the others by the whole buffer
 
 # --- Flags
-EXAMPLE = str(Path(__file__).resolve().parent / "mnk_inputs/example.csv")
-CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gen_astrasim_workload_input"))
-PARALLEL = [*STRATEGIES, CUSTOMIZED]
+
+EXAMPLE = Path(__file__).resolve().parent / "mnk_inputs/example.csv"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gen_astrasim_workload_input")
 INT_MAX = (1 << 31) - 1
-flags.DEFINE_string("mnk", EXAMPLE, "The table of layers, a CSV file.")
-flags.DEFINE_enum("parallel", "DATA", PARALLEL, "How to partition layers across NPUs.", case_sensitive=False)
+
+flags.DEFINE_string("mnk", str(EXAMPLE), "The table of layers, a CSV file.")
+flags.DEFINE_enum(
+    "parallel",
+    "DATA",
+    [*STRATEGIES, CUSTOMIZED],
+    "How layers are partitioned across NPUs.",
+    case_sensitive=False,
+)
 flags.DEFINE_integer("num_npus", 8, "NPUs in the whole system.", 1, INT_MAX)
 flags.DEFINE_alias("num_npu", "num_npus")
 flags.DEFINE_integer("num_packages", 1, "Packages that hold the NPUs.", 1)
 flags.DEFINE_integer("datatype_size", 2, "Bytes per element.", 1, 1 << 20)
 flags.DEFINE_integer("minibatch", 1, "Images, for a table of convolutions.", 1, INT_MAX)
-flags.DEFINE_string("output_file", "workload.txt", "The workload file.")
-flags.DEFINE_string("run_name", "", "Folder in outputs/<parallel>; else the table's name.")
-flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder; else the installed package.")
-flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config; else a 256 x 256 array.")
-flags.DEFINE_enum("cycle_model", "simulated", ["simulated", "analytical"], "Run SCALE-Sim, or take its formula.")
-flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; else the CPUs.", 1)
-flags.DEFINE_string("cache_dir", CACHE, "Folder of finished simulations; empty: none.")
-flags.DEFINE_enum("shard_rounding", "up", ["up", "down"], "For uneven sizes; up is the slowest NPU.")
-flags.DEFINE_integer("update_time", 100, "Delay after a collective, in ASTRA-sim 1.0.", 0, INT_MAX)
-flags.DEFINE_enum("time_unit", "cycles", ["cycles", "ns", "us"], "Of compute times; us for ASTRA-sim 2.x.")
-flags.DEFINE_float("clock_mhz", None, "The accelerator's clock, for ns and us.", 1e-6, 1e9)
-flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x, <prefix>.<npu>.et.")
-flags.DEFINE_integer("num_passes", 1, "Training steps in those traces.", 1, 1 << 20)
-flags.DEFINE_string("summary_csv", "", "A CSV file that this run is appended to.")
+flags.DEFINE_string("output_file", "workload.txt", "The workload text file.")
+flags.DEFINE_string("run_name", "", "Folder in outputs/<parallel>; by default the table's name.")
+flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder; by default the installed package.")
+flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config; by default a 256 x 256 array.")
+flags.DEFINE_enum(
+    "cycle_model",
+    "simulated",
+    ["simulated", "analytical"],
+    "Cycles from SCALE-Sim, or from its formula.",
+)
+flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; by default one for each CPU.", 1)
+flags.DEFINE_string("cache_dir", str(CACHE), "Folder of finished simulations; empty for none.")
+flags.DEFINE_enum(
+    "shard_rounding",
+    "up",
+    ["up", "down"],
+    "How a size that does not divide is cut; up times the slowest NPU.",
+)
+flags.DEFINE_integer("update_time", 100, "Delay after a collective in ASTRA-sim 1.0.", 0, INT_MAX)
+flags.DEFINE_enum(
+    "time_unit", "cycles", ["cycles", "ns", "us"], "Unit of compute times in the text file."
+)
+flags.DEFINE_float("clock_mhz", None, "The accelerator's clock, for ns, us and traces.", 1e-6, 1e9)
+flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x; needs --clock_mhz.")
+flags.DEFINE_integer("num_passes", 1, "Training steps in these traces.", 1, 1 << 20)
+flags.DEFINE_string("summary_csv", "", "A CSV file to which a row for this run is appended.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and its cost; write nothing.")
-flags.DEFINE_string("dask_scheduler", "", "A Dask scheduler, to simulate there.")
+flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate there.")
 
-PATHS = ("mnk", "output_file", "scalesim_path", "scalesim_config", "cache_dir", "chakra_et", "summary_csv")
-for _name in ("mnk", "output_file"):
-    flags.register_validator(_name, bool, "expected a path")
-flags.register_validator("chakra_et", re.compile("(.*[^/.][^/]*)?$").match, "expected how file names begin")
-flags.register_validator(
-    "run_name", lambda name: name[:1] != "/" and not {".", ".."} & {*name.split("/")}, "expected a folder below outputs"
+
+def is_no_folder(path: str) -> bool:
+    """Say whether a path is empty or ends in a file's name."""
+    return not path or path.rpartition("/")[2] not in ("", ".", "..")
+
+
+def is_below_outputs(run_name: str) -> bool:
+    """Say whether a run's name stays below outputs/<parallel>."""
+    parts = run_name.split("/")
+    return not run_name.startswith("/") and "." not in parts and ".." not in parts
+
+
+def packages_divide_npus(given: dict[str, int]) -> bool:
+    """Say whether all packages have as many NPUs."""
+    return given["num_npus"] % given["num_packages"] == 0
+
+
+def has_clock_where_needed(given: dict[str, Any]) -> bool:
+    """Refuse a clock that is missing, or that nothing uses."""
+    unit, clock, traces = given["time_unit"], given["clock_mhz"], given["chakra_et"]
+    if unit != "cycles" and clock is None:
+        raise flags.ValidationError(f"--time_unit={unit} needs --clock_mhz")
+    if traces and clock is None:
+        raise flags.ValidationError("--chakra_et needs --clock_mhz, as traces hold microseconds")
+    if clock is not None and unit == "cycles" and not traces:
+        raise flags.ValidationError("--clock_mhz needs --time_unit=ns or us, or --chakra_et")
+    if clock is not None and math.isnan(clock):
+        raise flags.ValidationError("expected a number of MHz")
+    return True
+
+
+flags.register_validator("mnk", bool, "expected a path")
+flags.register_validator("output_file", bool, "expected a path")
+flags.register_validator("output_file", is_no_folder, "expected a file, not a folder")
+flags.register_validator("summary_csv", is_no_folder, "expected a file, not a folder")
+flags.register_validator("chakra_et", is_no_folder, "expected how file names begin")
+flags.register_validator("run_name", is_below_outputs, "expected a folder below outputs")
+flags.register_multi_flags_validator(
+    ["num_npus", "num_packages"], packages_divide_npus, "packages must divide NPUs"
 )
 flags.register_multi_flags_validator(
-    ["num_npus", "num_packages"], lambda of: of["num_npus"] % of["num_packages"] == 0, "packages must divide NPUs"
-)
-flags.register_multi_flags_validator(
-    ["time_unit", "clock_mhz", "chakra_et"],
-    lambda of: not (of["clock_mhz"] or of["chakra_et"]) if of["time_unit"] == "cycles" else (of["clock_mhz"] or 0) > 0,
-    "expected ns or us with a clock, or cycles without a clock and without traces",
+    ["time_unit", "clock_mhz", "chakra_et"], has_clock_where_needed
 )
 
 
 class Settings(NamedTuple):
-    """The flags, with absolute paths."""
+    """The flags, with absolute paths; None where a path was not given."""
 
     mnk: Path
     parallel: str
@@ -188,56 +201,168 @@ class Settings(NamedTuple):
     dry_run: bool
     dask_scheduler: str
 
-    @classmethod
-    def from_flags(cls) -> Settings:
-        """Read the parsed flags."""
-        given = flags.FLAGS
-        values: dict[str, Any] = {name: given[name].value for name in cls._fields if name in given}
-        for name in PATHS:
-            values[name] = Path(values[name]).expanduser().absolute() if values[name] else None
-        for name in ("scalesim_path", "dask_scheduler", "jobs"):
-            if given.cycle_model == "analytical" and given[name].present:
-                warn(f"--{name} has no effect with --cycle_model=analytical")
-        values["jobs"] = given.jobs or available_cpus()
-        values["run_folder"] = Path("outputs", given.parallel, given.run_name or values["mnk"].stem).absolute()
-        return cls(**values)
+    @property
+    def network(self) -> Network:
+        """The network that ASTRA-sim must have for the traces."""
+        return self.num_npus // self.num_packages, self.num_packages
 
 
-# --- The table of layers: GEMMs, or SCALE-Sim's convolutions
-CONVOLUTION = ("ifmap height", "ifmap width", "filter height", "filter width", "channels", "num filter", "strides")
-ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
-OWN_STRATEGY = "customizedparallelization"
+# --- Types: a layer's way from the table to the files
 
 
 class Layer(NamedTuple):
-    """A line of the table: m (minibatch rows), n (outputs), k (inputs), strategy, elements of the inputs."""
+    """A line of the table."""
 
     name: str
-    m: int
-    n: int
-    k: int
-    strategy: str
-    inputs: int
+    where: str  # "file:line", for messages
+    strategy: str  # one of STRATEGIES
+    m: int  # rows of the outputs: samples, tokens or pixels, of all NPUs together
+    n: int  # columns of the outputs
+    k: int  # reduction: how many inputs an output is made of
+    input_elements: int  # m x k, but of a convolution its ifmaps, without im2col's repeats
+    minibatch: int | None  # images of a convolution
+
+
+class Gemm(NamedTuple):
+    """A product of an M x K by a K x N matrix."""
+
+    m: int  # rows
+    n: int  # columns
+    k: int  # reduction
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+
+class Collective(NamedTuple):
+    """A communication of one NPU with its group, after a pass."""
+
+    kind: str  # one of COLLECTIVE_TYPES
+    bytes: int  # as ASTRA-sim counts it
+    dimensions: Dimensions  # that the group spans
+    members: int  # NPUs in the group
+
+
+class Pass(NamedTuple):
+    """One NPU's part of a pass of a layer."""
+
+    name: str  # forward, input gradient or weight gradient
+    repeats: int  # equal GEMMs that it consists of
+    gemm: Gemm
+    collective: Collective | None  # that follows
+
+
+class Split(NamedTuple):
+    """A size of a layer that is cut over NPUs."""
+
+    name: str
+    size: int
+    parts: int
+    share: int  # of the NPU that is timed
+
+
+class LayerPlan(NamedTuple):
+    """What one NPU does for a layer."""
+
+    layer: Layer
+    dp: int  # over how many NPUs m is split
+    mp: int  # over how many NPUs n is split
+    splits: list[Split]
+    forward: Pass
+    input_gradient: Pass
+    weight_gradient: Pass
+
+    @property
+    def passes(self) -> tuple[Pass, Pass, Pass]:
+        """The passes in the order of the workload file."""
+        return self.forward, self.input_gradient, self.weight_gradient
+
+    @property
+    def uneven_splits(self) -> list[Split]:
+        """Sizes that do not divide, so that NPUs have different shares."""
+        return [split for split in self.splits if split.size % split.parts]
+
+
+class Row(NamedTuple):
+    """A pass of a layer with its times: a line of layers.csv."""
+
+    plan: LayerPlan
+    layer_pass: Pass
+    cycles: int
+    time: int  # in the unit of the file that it is for
+
+
+class TimedLayer(NamedTuple):
+    """The rows of a layer."""
+
+    plan: LayerPlan
+    forward: Row
+    input_gradient: Row
+    weight_gradient: Row
+
+    @property
+    def rows(self) -> tuple[Row, Row, Row]:
+        """The rows in the order of the workload file."""
+        return self.forward, self.input_gradient, self.weight_gradient
+
+
+# --- The table of layers
+
+GEMM_COLUMNS = ("layer", "m", "n", "k")
+CONVOLUTION_COLUMNS = (
+    "layer",
+    "ifmap height",
+    "ifmap width",
+    "filter height",
+    "filter width",
+    "channels",
+    "num filter",
+)
+DIRECTED_STRIDES = ("stride height", "stride width")  # of SCALE-Sim's writer, not "strides"
+PADDING = "padding"
+STRATEGY_COLUMN = "customizedparallelization"
+DERIVED_COLUMNS = ("eh", "ew", "e2")  # sizes of outputs, in SCALE-Sim's own files
+ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
+
+
+class TableRow(NamedTuple):
+    """A line below the header."""
+
+    where: str  # "file:line"
+    cells: dict[str, str]  # by the name of the column
+
+    def size(self, column: str, least: int = 1) -> int:
+        """Return the whole number in a column; UserError where it is another text or too small."""
+        number = whole_number(self.cells[column])
+        if number is None or number < least:
+            cell = shown(self.cells[column])
+            raise UserError(f"{self.where}: {column} is {cell}, expected a whole number >= {least}")
+        return number
 
 
 def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
-    """Read a table of GEMMs, or of convolutions with `minibatch` images; UserError with file and line."""
-    rows = _table_rows(path)
-    where, header = next(rows, (f"{path}:1", []))
+    """Read a table of GEMMs, or of convolutions with `minibatch` images.
+
+    UserError, with file and line, for whatever is not understood.
+    """
+    lines = table_lines(path)
+    where, header = next(lines, (f"{path}:1", []))
     while header and not header[-1]:
         header.pop()  # the trailing comma of SCALE-Sim's files
-    columns = _columns(where, header, parallel)
+    columns = read_header(where, header, parallel)
     if minibatch > 1 and "m" in columns:
-        raise UserError(f"{where}: --minibatch={minibatch} with GEMMs, whose m holds it, expected convolutions")
-    layers, renamed = [], []
-    for where, row in rows:
-        if "strides" in columns and not any(row[1:]):
-            warn(f"{where}: {row[0]!a:.60} is taken for a title")
+        raise UserError(f"{where}: --minibatch={minibatch} with GEMMs, whose m counts the samples")
+    layers = []
+    renamed = []
+    for where, cells in lines:
+        if "m" not in columns and not any(cells[1:]):
+            warn(f"{where}: {shown(cells[0])} is taken for a title")
             continue
-        if len(row) <= max(columns.values()) or any(cell and cell[0] != "#" for cell in row[len(header) :]):
-            raise UserError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
-        layers.append(_layer(where, {name: row[place] for name, place in columns.items()}, parallel, minibatch))
-        if layers[-1].name not in row:
+        check_cells(where, cells, header, columns)
+        row = TableRow(where, {name: cells[index] for name, index in columns.items()})
+        layer = read_layer(row, parallel, minibatch)
+        layers.append(layer)
+        if layer.name != row.cells["layer"]:
             renamed.append(where)
     if not layers:
         raise UserError(f"{where}: no layers, expected one in each line below")
@@ -246,139 +371,297 @@ def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
     return layers
 
 
-def _columns(where: str, header: list[str], parallel: str) -> dict[str, int]:
-    names = [ALIASES.get(name, name) for name in (" ".join(cell.lower().split()) for cell in header)]
-    if names[1:3] == ["ifmap width", "ifmap width"]:
-        names[1] = "ifmap height"  # as 14 of SCALE-Sim's files call it
-    sizes = (*CONVOLUTION, "padding") if "strides" in names else ("m", "n", "k")
-    columns = {name: place for place, name in enumerate(names) if name in ("layer", *sizes, OWN_STRATEGY)}
-    others = [name for name in names if name and columns.get(name) != names.index(name)]  # unknown or twice
-    if {"layer", *sizes[:7]} - columns.keys() or (others and "m" in sizes) or columns.keys() & {*others}:
-        expected = f"expected layer,m,n,k or layer,{','.join(CONVOLUTION)}"
-        raise UserError(f"{where}: header {','.join(names)!a:.60}, {expected}")
-    if changes := {"sparsity", "batch size"} & {*others}:
-        raise UserError(f"{where}: column {min(changes)}, expected a table without it")
-    if parallel == CUSTOMIZED and OWN_STRATEGY not in columns:
-        raise UserError(f"{where}: no column CustomizedParallelization, expected one for {CUSTOMIZED}")
-    if others:
-        warn(f"{where}: ignored columns: {', '.join(others)}")
-    return columns
-
-
-def _table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield "file:line" and the cells of each line that is not blank."""
+def table_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield "file:line" and the cells of each line that is not blank; UserError for no CSV."""
     text = io.StringIO(path.read_text("utf-8-sig", "surrogateescape"))
     reader = csv.reader(text, strict=True, skipinitialspace=True)
     try:
-        for row in reader:
-            if any(cells := [cell.strip() for cell in row]):
+        for line in reader:
+            cells = [cell.strip() for cell in line]
+            if any(cells):
                 yield f"{path}:{reader.line_num}", cells
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
+        where = f"{path}:{reader.line_num}"
+        raise UserError(f"{where}: {error}, expected a CSV table") from None
 
 
-def _layer(where: str, cells: dict[str, str], parallel: str, minibatch: int) -> Layer:
-    name = "_".join(cells.pop("layer").split())
-    own = cells.pop(OWN_STRATEGY, "").upper().replace("HYBRD", "HYBRID")  # as it was once spelt
+def read_header(where: str, header: list[str], parallel: str) -> dict[str, int]:
+    """Return the index of each column by its name; UserError for an unknown or missing one."""
+    names = column_names(header)
+    needed, known = table_format(names)
+    columns: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if name in columns:
+            raise UserError(f"{where}: two columns {name}, expected one")
+        if name and name not in known:
+            expected = suggestion(name, known) or f"expected {', '.join(known)}"
+            raise UserError(f"{where}: unknown column {shown(name)}, {expected}")
+        if name:
+            columns[name] = index
+    for name in needed:
+        if name not in columns:
+            raise UserError(f"{where}: no column {name}, expected {', '.join(needed)}")
+    if parallel == CUSTOMIZED and STRATEGY_COLUMN not in columns:
+        raise UserError(f"{where}: no column CustomizedParallelization, expected for {CUSTOMIZED}")
+    derived = [name for name in DERIVED_COLUMNS if columns.pop(name, None) is not None]
+    if derived:
+        warn(f"{where}: ignored columns, which follow from the others: {', '.join(derived)}")
+    return columns
+
+
+def column_names(header: list[str]) -> list[str]:
+    """Return the header's cells in one spelling."""
+    names = []
+    for cell in header:
+        name = " ".join(cell.lower().split())
+        names.append(ALIASES.get(name, name))
+    if names[1:3] == ["ifmap width", "ifmap width"]:
+        names[1] = "ifmap height"  # as 28 of SCALE-Sim's own files call it
+    return names
+
+
+def table_format(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the columns that a table with these must have, and all that it may have."""
+    if "ifmap height" not in names and "filter height" not in names:
+        return [*GEMM_COLUMNS], [*GEMM_COLUMNS, STRATEGY_COLUMN]
+    strides = ["strides"]
+    if "strides" not in names and any(name in names for name in DIRECTED_STRIDES):
+        strides = [*DIRECTED_STRIDES]
+    needed = [*CONVOLUTION_COLUMNS, *strides]
+    return needed, [*needed, PADDING, STRATEGY_COLUMN, *DERIVED_COLUMNS]
+
+
+def check_cells(where: str, cells: list[str], header: list[str], columns: dict[str, int]) -> None:
+    """Refuse a line without a cell for each column, or with a cell that no column names."""
+    if len(cells) <= max(columns.values()):
+        raise UserError(f"{where}: {len(cells)} columns, expected {len(header)} as in the header")
+    for index, cell in enumerate(cells):
+        named = index < len(header) and header[index]
+        if cell and not named and not cell.startswith("#"):
+            raise UserError(
+                f"{where}: {shown(cell)} in column {index + 1}, expected {len(header)} columns"
+                " as in the header"
+            )
+
+
+def read_layer(row: TableRow, parallel: str, minibatch: int) -> Layer:
+    """Return the layer of a line; UserError where a cell is not understood."""
+    name = "_".join(row.cells["layer"].split())
     if not name or not name.isprintable():
-        raise UserError(f"{where}: layer name {name!a:.60}, expected printable characters")
-    strategy = own if parallel == CUSTOMIZED else parallel
+        raise UserError(f"{row.where}: layer name {shown(name)}, expected printable characters")
+    strategy = parallel
+    if parallel == CUSTOMIZED:
+        strategy = layer_strategy(row)
+    if "m" in row.cells:
+        return gemm_layer(name, strategy, row)
+    return convolution_layer(name, strategy, row, minibatch)
+
+
+def layer_strategy(row: TableRow) -> str:
+    """Return a layer's own strategy."""
+    cell = row.cells[STRATEGY_COLUMN]
+    strategy = cell.upper().replace("HYBRD", "HYBRID")  # as the format was once described
     if strategy not in STRATEGIES:
-        raise UserError(f"{where}: strategy {own!a:.60}, expected one of {', '.join(STRATEGIES)}")
-    sizes = {column: whole_number(cell) for column, cell in cells.items()}
-    for column, size in sizes.items():
-        least = 0 if column == "padding" else 1
-        if size < least:
-            raise UserError(f"{where}: {column} is {cells[column]!a:.60}, expected a whole number >= {least}")
-    if "m" in sizes:
-        m, n, k = sizes["m"], sizes["n"], sizes["k"]
-        return Layer(name, m, n, k, strategy, m * k)
-    height, width, tall, wide, channels, n, stride = (sizes[column] for column in CONVOLUTION)
-    m, k, inputs = minibatch, tall * wide * channels, minibatch * height * width * channels
-    for ifmap, window in ((height, tall), (width, wide)):
-        room = ifmap + 2 * sizes.get("padding", 0) - window
-        if room < 0 or "DP" in name:
-            raise UserError(f"{where}: depth-wise (DP), or a filter larger than its ifmap, expected neither")
-        # Down as in PyTorch; without padding up, as in SCALE-Sim.
-        m *= room // stride + 1 if "padding" in sizes else -(-(room + stride) // stride)
-    return Layer(name, m, n, k, strategy, inputs)
+        expected = ", ".join(STRATEGIES)
+        raise UserError(f"{row.where}: strategy {shown(cell)}, expected one of {expected}")
+    return strategy
+
+
+def gemm_layer(name: str, strategy: str, row: TableRow) -> Layer:
+    """Return the layer of a line with m, n and k."""
+    m, n, k = row.size("m"), row.size("n"), row.size("k")
+    return Layer(name, row.where, strategy, m, n, k, input_elements=m * k, minibatch=None)
+
+
+def convolution_layer(name: str, strategy: str, row: TableRow, minibatch: int) -> Layer:
+    """Return the GEMM of a convolution: a row for each output pixel, a column for each filter."""
+    if name.startswith("DP") or "_DP" in name:
+        raise UserError(f"{row.where}: {name}: depth-wise")
+    height, width = row.size("ifmap height"), row.size("ifmap width")
+    filter_height, filter_width = row.size("filter height"), row.size("filter width")
+    channels, filters = row.size("channels"), row.size("num filter")
+    if "strides" in row.cells:
+        stride_height = stride_width = row.size("strides")
+    else:
+        stride_height, stride_width = row.size("stride height"), row.size("stride width")
+    output_height = output_size(row, height, filter_height, stride_height)
+    output_width = output_size(row, width, filter_width, stride_width)
+    return Layer(
+        name,
+        row.where,
+        strategy,
+        m=minibatch * output_height * output_width,
+        n=filters,
+        k=filter_height * filter_width * channels,
+        input_elements=minibatch * height * width * channels,
+        minibatch=minibatch,
+    )
+
+
+def output_size(row: TableRow, ifmap: int, window: int, stride: int) -> int:
+    """Return the height or width of a convolution's output; UserError where no window fits."""
+    padding = row.size(PADDING, least=0) if PADDING in row.cells else 0
+    room = ifmap + 2 * padding - window
+    if room < 0:
+        raise UserError(f"{row.where}: a filter larger than its ifmap, expected a smaller one")
+    if PADDING in row.cells:
+        return room // stride + 1  # as PyTorch counts
+    return -(-(room + stride) // stride)  # rounded up, as SCALE-Sim counts
 
 
 # --- Strategies: what one NPU computes and communicates
-class Gemm(NamedTuple):
-    """A product of an M x K by a K x N matrix: rows, columns, reduction."""
-
-    m: int
-    n: int
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}"
 
 
-class PassShard(NamedTuple):
-    """One NPU's part of a pass; the collective that follows, its dimensions, members: mp, mp, dp."""
+class Transfer(NamedTuple):
+    """The collective after a pass, for any layer."""
 
-    pass_name: str
-    gemm: Gemm
-    collective: str
-    bytes: int
-    dimensions: Dimensions
-    members: int
+    kind: str  # one of COLLECTIVE_TYPES
+    buffer: str  # which elements of the layer: outputs, inputs or weights
+    group: str  # "mp", the NPUs that split n, or "dp", those that split m
 
 
-Plan = list[tuple[Layer, list[PassShard]]]  # each layer with its three passes
-Times = dict[Gemm, int]  # in cycles, or in --time_unit
+class PassRule(NamedTuple):
+    """A pass of a layer: sizes of its GEMM, as m for the layer's, m' for one NPU's share of it."""
+
+    rows: str
+    columns: str
+    reduction: str
+    transfer: Transfer | None
 
 
-def shard(layer: Layer, network: Sequence[int], datatype_size: int, rounding: str) -> list[PassShard]:
-    """Partition a layer across a network of (NPUs of a package, packages): one NPU's three passes.
+class LayerRule(NamedTuple):
+    """The passes of a layer."""
 
-    Outputs, m' x n', are gathered from the NPUs that split n; the inputs' gradient, m' x k, is reduced over those, the
-    weights', k x n', over those that split m. ASTRA-sim counts one NPU's bytes in an ALLGATHER, else the buffer.
+    forward: PassRule
+    input_gradient: PassRule
+    weight_gradient: PassRule
+
+
+GEMM_RULE = LayerRule(
+    forward=PassRule("m'", "n'", "k", Transfer("ALLGATHER", "outputs", "mp")),
+    input_gradient=PassRule("m'", "k", "n'", Transfer("REDUCESCATTER", "inputs", "mp")),
+    weight_gradient=PassRule("k", "n'", "m'", Transfer("ALLREDUCE", "weights", "dp")),
+)
+
+
+def plan_layer(layer: Layer, settings: Settings) -> LayerPlan:
+    """Return what one NPU does for a layer: its share of the sizes, its GEMMs and collectives."""
+    strategy = STRATEGIES[layer.strategy]
+    dp = group_size(strategy.split_m, settings.network)
+    mp = group_size(strategy.split_n, settings.network)
+    m_share = cut(layer.m, dp, settings.shard_rounding)
+    n_share = cut(layer.n, mp, settings.shard_rounding)
+    sizes = {"m": layer.m, "n": layer.n, "k": layer.k, "m'": m_share, "n'": n_share}
+
+    def plan_pass(name: str, rule: PassRule) -> Pass:
+        gemm = Gemm(sizes[rule.rows], sizes[rule.columns], sizes[rule.reduction])
+        collective = plan_collective(rule.transfer, layer, dp, mp, settings.datatype_size)
+        return Pass(name, 1, gemm, collective)
+
+    return LayerPlan(
+        layer,
+        dp,
+        mp,
+        splits=[Split("m", layer.m, dp, m_share), Split("n", layer.n, mp, n_share)],
+        forward=plan_pass("forward", GEMM_RULE.forward),
+        input_gradient=plan_pass("input gradient", GEMM_RULE.input_gradient),
+        weight_gradient=plan_pass("weight gradient", GEMM_RULE.weight_gradient),
+    )
+
+
+def plan_collective(
+    transfer: Transfer | None, layer: Layer, dp: int, mp: int, datatype_size: int
+) -> Collective | None:
+    """Return the collective after a pass; None where the strategy has no such group.
+
+    Each group has the part of the buffer that the other degree leaves to it. ASTRA-sim counts one
+    NPU's share of that part in an ALLGATHER, and the whole part in the other collectives.
     """
-    m, n, k = layer.m, layer.n, layer.k
-    along_m, along_n = STRATEGIES[layer.strategy]
-    dp, mp = (math.prod(network[dimension] for dimension in along) for along in (along_m, along_n))
-    rows, columns = (-(-m // dp), -(-n // mp)) if rounding == "up" else (max(1, m // dp), max(1, n // mp))
-    passes = [  # GEMM; collective, bytes, dimensions, members
-        (Gemm(rows, columns, k), "ALLGATHER", m * n * datatype_size // (dp * mp), along_n, mp),
-        (Gemm(rows, k, columns), "REDUCESCATTER", layer.inputs * datatype_size // dp, along_n, mp),
-        (Gemm(k, columns, rows), "ALLREDUCE", n * k * datatype_size // mp, along_m, dp),
+    if not transfer:
+        return None
+    strategy = STRATEGIES[layer.strategy]
+    if transfer.group == "mp":
+        dimensions, members, other_degree = strategy.split_n, mp, dp
+    else:
+        dimensions, members, other_degree = strategy.split_m, dp, mp
+    if not dimensions:
+        return None
+    elements = {
+        "outputs": layer.m * layer.n,
+        "inputs": layer.input_elements,
+        "weights": layer.n * layer.k,
+    }
+    parts = other_degree
+    if transfer.kind in COUNTED_BY_SHARE:
+        parts *= members
+    size = elements[transfer.buffer] * datatype_size // parts
+    return Collective(transfer.kind, size, dimensions, members)
+
+
+def group_size(dimensions: Dimensions, network: Network) -> int:
+    """Return how many NPUs there are along these dimensions of the network."""
+    return math.prod(network[dimension] for dimension in dimensions)
+
+
+def cut(size: int, parts: int, rounding: str) -> int:
+    """Return one NPU's share of a size, at least 1."""
+    if rounding == "up":
+        return -(-size // parts)
+    return max(1, size // parts)
+
+
+def check_plans(plans: list[LayerPlan]) -> None:
+    """Warn of what may surprise; UserError for a collective that ASTRA-sim can't run."""
+    check_small_collectives(plans)
+    check_lone_collectives(plans)
+    check_uneven_sizes(plans)
+
+
+def check_small_collectives(plans: list[LayerPlan]) -> None:
+    """Refuse a collective of 0 bytes, where ASTRA-sim stops; warn of 1 to 3, where it may hang."""
+    small = []
+    for plan in plans:
+        for layer_pass in plan.passes:
+            collective = layer_pass.collective
+            if collective and collective.bytes < 4:
+                what = f"the {collective.kind} of {plan.layer.name}, {layer_pass.name} pass"
+                found = f"{plan.layer.where}: {what}, comes to {collective.bytes} bytes"
+                if collective.bytes == 0:
+                    raise UserError(f"{found}, where ASTRA-sim stops, expected more")
+                small.append(found)
+    if small:
+        count = f"({len(small)} such in all)"
+        warn(f"{small[0]} {count}, ASTRA-sim may never end, expected 4 or more")
+
+
+def check_lone_collectives(plans: list[LayerPlan]) -> None:
+    """Warn of collectives of one member, which readers of the text file treat differently."""
+    members = [
+        layer_pass.collective.members
+        for plan in plans
+        for layer_pass in plan.passes
+        if layer_pass.collective
     ]
-    return [
-        PassShard(name, gemm, collective if along else "NONE", size if along else 0, along, members)
-        for name, (gemm, collective, size, along, members) in zip(PASSES.values(), passes)
-    ]
+    alone = members.count(1)
+    if 0 < alone < len(members):
+        what = f"{alone} collectives have one member"
+        warn(f"{what}: ASTRA-sim 1.0 skips them, Chakra's Text converter does not")
 
 
-def check_plan(plan: Plan) -> None:
-    """Warn of uneven sizes and odd collectives; refuse those of 0 bytes."""
-    collectives = [(layer, each) for layer, shards in plan for each in shards if each.collective != "NONE"]
-    if small := [(layer, each) for layer, each in collectives if each.bytes < 4]:
-        layer, each = next((found for found in small if not found[1].bytes), small[0])
-        what = f"layer {layer.name}: the {each.collective} of the {each.pass_name} pass comes to {each.bytes} bytes"
-        if not each.bytes:
-            raise UserError(f"{what}, where ASTRA-sim stops, expected more")
-        warn(f"{what} ({len(small)} such in all), ASTRA-sim may never end, expected 4 or more")
-    alone = sum(each.members == 1 for _, each in collectives)
-    if 0 < alone < len(collectives):
-        warn(f"{alone} collectives have one member: ASTRA-sim 1.0 skips them, Chakra's Text converter does not")
-    uneven: dict[str, list[str]] = {}
-    for layer, shards in plan:
-        for what in uneven_sizes(layer, shards):
-            uneven.setdefault(what, []).append(layer.name)
-    for what, names in list(uneven.items())[:8]:
-        warn(f"{names[0]}{f' and {len(names) - 1} more layers' if names[1:] else ''}: {what}")
-    if len(uneven) > 8:
-        warn(f"{len(uneven) - 8} more sizes do not divide")
-
-
-def uneven_sizes(layer: Layer, shards: list[PassShard]) -> list[str]:
-    """Return what does not divide: m by dp, n by mp."""
-    (rows, columns, _), dp, mp = shards[0].gemm, shards[2].members, shards[0].members
-    uneven = [each for each in (("m", layer.m, dp, rows), ("n", layer.n, mp, columns)) if each[1] % each[2]]
-    return ["{} = {} does not divide by {}, one NPU is timed with {}".format(*each) for each in uneven]
+def check_uneven_sizes(plans: list[LayerPlan]) -> None:
+    """Warn of sizes that do not divide: a warning each, up to eight."""
+    layers_by_split: dict[Split, list[str]] = {}
+    for plan in plans:
+        for split in plan.uneven_splits:
+            layers_by_split.setdefault(split, []).append(plan.layer.name)
+    for split, names in list(layers_by_split.items())[:8]:
+        layers = names[0]
+        if len(names) > 1:
+            layers += f" and {len(names) - 1} more layers"
+        name, size, parts, share = split
+        warn(f"{layers}: {name} = {size} does not divide by {parts}, one NPU is timed with {share}")
+    if len(layers_by_split) > 8:
+        warn(f"{len(layers_by_split) - 8} more sizes do not divide")
 
 
 # --- The accelerator: SCALE-Sim's config
@@ -388,110 +671,353 @@ BUILT_IN_CONFIG = """\
 [general]
 run_name = gemm
 [architecture_presets]
-ArrayHeight: 256, ArrayWidth: 256, Dataflow: ws, Bandwidth: 10, MemoryBanks: 1
-IfmapSramSzkB: 6144, FilterSramSzkB: 6144, OfmapSramSzkB: 2048, ReadRequestBuffer: 512, WriteRequestBuffer: 512
-IfmapSramSz: 8192, FilterSramSz: 8192, OfmapSramSz: 8192, IfmapOffset: 0, FilterOffset: 10000000, OfmapOffset: 20000000
+ArrayHeight: 256
+ArrayWidth: 256
+Dataflow: ws
+Bandwidth: 10
+MemoryBanks: 1
+IfmapSramSzkB: 6144
+FilterSramSzkB: 6144
+OfmapSramSzkB: 2048
+ReadRequestBuffer: 512
+WriteRequestBuffer: 512
+IfmapSramSz: 8192
+FilterSramSz: 8192
+OfmapSramSz: 8192
+IfmapOffset: 0
+FilterOffset: 10000000
+OfmapOffset: 20000000
 [layout]
-IfmapCustomLayout: False, IfmapSRAMBankBandwidth: 10, IfmapSRAMBankNum: 10, IfmapSRAMBankPort: 2
-FilterCustomLayout: False, FilterSRAMBankBandwidth: 10, FilterSRAMBankNum: 10, FilterSRAMBankPort: 2
+IfmapCustomLayout: False
+IfmapSRAMBankBandwidth: 10
+IfmapSRAMBankNum: 10
+IfmapSRAMBankPort: 2
+FilterCustomLayout: False
+FilterSRAMBankBandwidth: 10
+FilterSRAMBankNum: 10
+FilterSRAMBankPort: 2
 [sparsity]
 SparsitySupport: false
 [run_presets]
-InterfaceBandwidth: CALC, UseRamulatorTrace: False
-""".replace(", ", "\n")
+InterfaceBandwidth: CALC
+UseRamulatorTrace: False
+"""
 
 
 class Architecture(NamedTuple):
-    """A SCALE-Sim config, as written and as SCALE-Sim gets it, the keys it lacked, its array."""
+    """A SCALE-Sim config."""
 
-    text: str
-    scalesim_text: str
-    lacking: list[str]
-    rows: int
+    text: str  # as it was written
+    scalesim_text: str  # as SCALE-Sim gets it
+    lacking: list[str]  # keys that were taken from the built-in config
+    rows: int  # of the systolic array
     columns: int
-    dataflow: str
+    dataflow: str  # os, ws or is
+    bandwidth_mode: str  # CALC, or USER, which counts the stalls of a memory too slow
 
 
-def read_architecture(path: Path | None, cycle_model: str = "simulated") -> Architecture:
+def read_architecture(path: Path | None) -> Architecture:
     """Read the config at `path`, or the built-in one; UserError where it does not serve."""
     source = str(path or "the built-in config")
-    given, config = (configparser.ConfigParser(interpolation=None) for _ in range(2))
+    text = BUILT_IN_CONFIG
+    given = configparser.ConfigParser(interpolation=None)
     try:
-        text = path.read_bytes().decode("utf-8-sig") if path else BUILT_IN_CONFIG
+        if path:
+            text = path.read_bytes().decode("utf-8-sig")
         given.read_string(text, source)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config") from None
+    rows, columns, dataflow = read_array(source, given)
+    config = configparser.ConfigParser(interpolation=None)
     config.read_string(BUILT_IN_CONFIG)
-    lacking = [key for section in config.sections() for key in config[section] if not given.has_option(section, key)]
+    lacking = []
+    for section in config.sections():
+        lacking += [key for key in config[section] if not given.has_option(section, key)]
     config.read_dict(given)
     config["general"] = {"run_name": "gemm"}  # it becomes part of a shell command
     config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it
+    check_modes(source, config)
     written = io.StringIO()
     config.write(written)
+    mode = config["run_presets"]["InterfaceBandwidth"]
+    return Architecture(text, written.getvalue(), lacking, rows, columns, dataflow, mode)
+
+
+def read_array(source: str, config: configparser.ConfigParser) -> tuple[int, int, str]:
+    """Return rows, columns and dataflow of the array, which a config must give."""
     keys = ("ArrayHeight", "ArrayWidth", "Dataflow")
-    found = [given.get("architecture_presets", key, fallback="") for key in keys]
-    rows, columns, dataflow = whole_number(found[0]), whole_number(found[1]), found[2]
-    if min(rows, columns) < 1 or dataflow not in ("os", "ws", "is"):
-        raise UserError(f"{source}: {', '.join(keys)} are {found!a:.60}, expected numbers >= 1, and os, ws or is")
-    check_modes(source, config, cycle_model)
-    return Architecture(text, written.getvalue(), lacking, rows, columns, dataflow)
+    values = [config.get("architecture_presets", key, fallback="") for key in keys]
+    rows, columns, dataflow = whole_number(values[0]), whole_number(values[1]), values[2]
+    if not rows or not columns or dataflow not in ("os", "ws", "is"):
+        expected = "expected numbers >= 1, and os, ws or is"
+        raise UserError(f"{source}: {', '.join(keys)} are {values!a:.60}, {expected}")
+    return rows, columns, dataflow
 
 
-def check_modes(source: str, config: configparser.ConfigParser, cycle_model: str) -> None:
-    """Refuse modes that do not suit the table or the cycle model."""
-    bandwidth, layout, sparsity = config["run_presets"]["InterfaceBandwidth"], config["layout"], config["sparsity"]
-    if bandwidth not in ("CALC", "USER"):
-        raise UserError(f"{source}: InterfaceBandwidth is {bandwidth!a:.60}, expected CALC or USER")
-    if {layout["IfmapCustomLayout"].lower(), layout["FilterCustomLayout"].lower()} - {"false", "no", "off", "0"}:
-        raise UserError(f"{source}: a custom layout is on, which is for one GEMM, expected none")
-    optimized = cycle_model == "simulated" and sparsity.get("OptimizedMapping", "").lower() == "true"
-    if sparsity["SparsitySupport"].lower() == "true" and not optimized:  # the table of layers has no ratios
-        raise UserError(f"{source}: SparsitySupport is true, expected false, or SCALE-Sim and OptimizedMapping: true")
-    if bandwidth == "USER" and cycle_model == "analytical":
-        warn(f"{source}: InterfaceBandwidth is USER: without its stalls analytical cycles are a lower bound")
+def check_modes(source: str, config: configparser.ConfigParser) -> None:
+    """Refuse what a simulation of one GEMM of a training can't use."""
+    mode = config["run_presets"]["InterfaceBandwidth"]
+    if mode not in ("CALC", "USER"):
+        raise UserError(f"{source}: InterfaceBandwidth is {mode!a:.60}, expected CALC or USER")
+    for key in ("IfmapCustomLayout", "FilterCustomLayout"):
+        if config["layout"][key].lower() not in ("false", "no", "off", "0"):
+            raise UserError(f"{source}: {key} is on, which is for one GEMM, expected False")
+    if config["sparsity"]["SparsitySupport"].lower() == "true":
+        reason = "it would prune the output gradient as well, which is dense"
+        raise UserError(f"{source}: SparsitySupport is true, {reason}, expected false")
 
 
-def estimated_cycles(gemm: Gemm, array: Architecture) -> int:
+# --- Cycle models
+
+
+class Job(NamedTuple):
+    """A distinct GEMM, with estimates for SCALE-Sim."""
+
+    gemm: Gemm
+    first_use: str  # for messages
+    cycles: int
+    memory: int  # peak bytes
+    seconds: float
+
+
+Cycles = dict[Gemm, int]
+
+
+def distinct_jobs(plans: list[LayerPlan], array: Architecture) -> list[Job]:
+    """Return each distinct GEMM of the plans, the longest first."""
+    jobs: dict[Gemm, Job] = {}
+    for plan in plans:
+        for layer_pass in plan.passes:
+            gemm = layer_pass.gemm
+            if gemm not in jobs:
+                first_use = f"layer {plan.layer.name}, {layer_pass.name} pass"
+                cycles = analytical_cycles(gemm, array)
+                memory = estimated_memory(gemm, array)
+                jobs[gemm] = Job(gemm, first_use, cycles, memory, estimated_seconds(gemm, array))
+    return sorted(jobs.values(), key=lambda job: -job.cycles)
+
+
+def analytical_cycles(gemm: Gemm, array: Architecture) -> int:
     """Return the stall-free cycles of a GEMM, as SCALE-Sim v2 and v3 count them.
 
-    By Samajdar et al., "A Systematic Methodology for Characterizing Scalability of DNN Accelerators using SCALE-Sim"
-    (ISPASS 2020): folds of the array's size are loaded, streamed through it, filled and drained.
+    By Samajdar et al., "A Systematic Methodology for Characterizing Scalability of DNN Accelerators
+    using SCALE-Sim" (ISPASS 2020): folds of the array's size are loaded, streamed and drained.
     """
-    m, n, k = gemm
-    rows, columns = array.rows, array.columns
-    along_rows, along_columns, streamed = {"os": (m, n, k), "ws": (k, n, m), "is": (k, m, n)}[array.dataflow]
-    load = 0 if array.dataflow == "os" else rows  # of what stays in the array
-    folds = -(-along_rows // rows) * -(-along_columns // columns)
-    return max(1, folds * (load + rows + columns + streamed - 2) - 1)
+    along_rows, along_columns, streamed, load = {
+        "os": (gemm.m, gemm.n, gemm.k, 0),
+        "ws": (gemm.k, gemm.n, gemm.m, array.rows),
+        "is": (gemm.k, gemm.m, gemm.n, array.rows),
+    }[array.dataflow]
+    folds = -(-along_rows // array.rows) * -(-along_columns // array.columns)
+    fold_cycles = load + array.rows + array.columns + streamed - 2
+    return max(1, folds * fold_cycles - 1)
 
 
-def estimated_cost(gemm: Gemm, array: Architecture) -> tuple[int, float]:
-    """Return the peak bytes of memory and the seconds of a simulation by SCALE-Sim v2 or v3.
+def estimated_memory(gemm: Gemm, array: Architecture) -> int:
+    """Return the peak bytes of a simulation by SCALE-Sim v2 or v3.
 
-    Fitted to runs on arrays from 4 x 4 to 256 x 256, for the operands and their addresses in each cycle: 61 runs took
-    0.76 to 1 times these bytes, and 146 took 0.8 to 1.5 times these seconds.
+    Fitted to runs on arrays from 4 x 4 to 256 x 256: 61 took 0.76 to 1 times these bytes.
     """
-    m, n, k = gemm
-    rows, columns, cycles = array.rows, array.columns, estimated_cycles(gemm, array)
-    elements = m * k + k * n + m * n
-    memory = 40_000_000 + cycles * (1130 + 17 * rows + 43 * columns) + 75 * elements
-    return memory, 0.09 + 27e-6 * cycles + 7e-9 * math.pow(cycles * (rows + columns) / 2, 1.3) + 26e-8 * elements
+    cycles = analytical_cycles(gemm, array)
+    bytes_per_cycle = 1130 + 17 * array.rows + 43 * array.columns
+    return 40_000_000 + cycles * bytes_per_cycle + 75 * operand_elements(gemm)
 
 
-# --- SCALE-Sim: one GEMM, one process, one folder
+def estimated_seconds(gemm: Gemm, array: Architecture) -> float:
+    """Return the seconds of a simulation by SCALE-Sim v2 or v3.
 
-# By version of SCALE-Sim, the report with the cycles, and their column.
-REPORTS = {1: ("gemm_cycles.csv", "Cycles"), **dict.fromkeys((2, 3), ("COMPUTE_REPORT.csv", "Total Cycles"))}
-LAYOUT = f"{'-,' * 21}\ngemm,{'1,' * 20}\n"  # v3 reads one even when layouts are off
+    Fitted to runs on arrays from 4 x 4 to 256 x 256: 146 took 0.8 to 1.5 times these seconds.
+    """
+    cycles = analytical_cycles(gemm, array)
+    array_traffic = math.pow(cycles * (array.rows + array.columns) / 2, 1.3)
+    return 0.09 + 27e-6 * cycles + 7e-9 * array_traffic + 26e-8 * operand_elements(gemm)
+
+
+def operand_elements(gemm: Gemm) -> int:
+    """Return the elements of a GEMM's three matrices."""
+    return gemm.m * gemm.k + gemm.k * gemm.n + gemm.m * gemm.n
+
+
+class AnalyticalModel:
+    """Cycles by SCALE-Sim's formula."""
+
+    def forecast(self, _: list[Job]) -> list[str]:
+        """Return what a dry run adds of the cost: nothing, as there is none."""
+        return []
+
+    def run(self, jobs: list[Job]) -> tuple[Cycles, str]:
+        """Return each GEMM's cycles, and where they come from."""
+        return {job.gemm: job.cycles for job in jobs}, "analytical"
+
+
+class SimulatedModel:
+    """Cycles by SCALE-Sim, which simulates what the cache does not hold."""
+
+    def __init__(self, settings: Settings, architecture: Architecture) -> None:
+        self.settings = settings
+        self.scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text)
+        warn_of_lacking_keys(self.scalesim, architecture.lacking)
+        self.cache = Cache(settings.cache_dir, self.scalesim)
+
+    def forecast(self, jobs: list[Job]) -> list[str]:
+        """Return what a dry run says of the cost."""
+        new = [job for job in jobs if not self.cache.load(job.gemm)]
+        cycles = sum(job.cycles for job in new)
+        memory = max((job.memory for job in new), default=0)
+        free = available_memory()
+        slots = self.settings.jobs
+        return [
+            f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate:"
+            f" {cycles:,} estimated cycles",
+            f"largest simulation: {memory / 1e9:,.1f} GB estimated, {free / 1e9:,.1f} GB free",
+            f"time with --jobs={slots}: {estimated_range(new, slots, free)} estimated",
+        ]
+
+    def run(self, jobs: list[Job]) -> tuple[Cycles, str]:
+        """Return each GEMM's cycles, and where they come from; UserError when SCALE-Sim fails."""
+        cycles: Cycles = {}
+        new = []
+        for job in jobs:
+            cached = self.cache.load(job.gemm)
+            if cached:
+                cycles[job.gemm] = cached.cycles
+                write_files(self.report_folder(job), cached.files)
+            else:
+                new.append(job)
+        source = f"{len(new)} simulated, {len(cycles)} from the cache"
+        if new:
+            cycles |= self.simulate(new)
+        return cycles, source
+
+    def report_folder(self, job: Job) -> Path:
+        """Return the folder for a GEMM's reports."""
+        return self.settings.run_folder / f"gemm_{job.gemm}"
+
+    def simulate(self, jobs: list[Job]) -> Cycles:
+        """Simulate GEMMs side by side, each published as soon as it is finished."""
+        slots, memory = self.settings.jobs, available_memory()
+        pool = local_pool(self.scalesim, slots)
+        if self.settings.dask_scheduler:
+            slots, memory = len(jobs), math.inf  # its workers know their own
+            pool = dask_pool(self.scalesim, self.settings.dask_scheduler)
+        warn_of_memory(jobs, memory)
+        cycles: Cycles = {}
+        progress = progress_bar(jobs, estimated_range(jobs, slots, memory))
+        try:
+            with pool as submit, progress:
+                for running, finished in run_side_by_side(submit, jobs, slots, memory):
+                    for job, future in finished.items():
+                        simulation = future.result()
+                        folder = self.report_folder(job)
+                        cycles[job.gemm] = checked_cycles(simulation, job, self.scalesim, folder)
+                        self.cache.store(job.gemm, simulation.files)
+                        write_files(folder, simulation.files)
+                        progress.update(job.seconds)
+                    show_progress(progress, len(cycles), list(running), len(jobs))
+        except KeyboardInterrupt:
+            done = f"{len(cycles)} of {len(jobs)} GEMMs are finished"
+            print_message("interrupted", f"{done}, cache: {self.cache.folder}")
+            raise
+        return cycles
+
+
+def cycle_model(settings: Settings, architecture: Architecture) -> AnalyticalModel | SimulatedModel:
+    """Return what turns GEMMs into cycles; UserError where there is no SCALE-Sim."""
+    if settings.cycle_model == "simulated":
+        return SimulatedModel(settings, architecture)
+    if architecture.bandwidth_mode == "USER":
+        what = f"{settings.scalesim_config}: InterfaceBandwidth is USER"
+        warn(f"{what}: without its stalls analytical cycles are a lower bound")
+    return AnalyticalModel()
+
+
+# --- SCALE-Sim: one GEMM, one process
+
+LAYOUT = f"{'-,' * 21}\ngemm,{'1,' * 20}\n"  # SCALE-Sim v3 reads one even when layouts are off
 LOG = "scalesim.log"
+
+
+class ScaleSim(NamedTuple):
+    """A SCALE-Sim with its config."""
+
+    version: int  # 1, 2 or 3
+    folder: Path  # that Python imports it from
+    digest: str  # hash of its code and config, on which its results depend
+    path: Path | None  # as --scalesim_path gives it
+    config: str
+
+    @property
+    def report_name(self) -> str:
+        """The report that has the cycles."""
+        return "gemm_cycles.csv" if self.version == 1 else "COMPUTE_REPORT.csv"
+
+    @property
+    def cycles_column(self) -> str:
+        """The column of the cycles in that report."""
+        return "Cycles" if self.version == 1 else "Total Cycles"
+
+
+class Simulation(NamedTuple):
+    """What a SCALE-Sim process left."""
+
+    status: int  # its exit status
+    files: dict[str, str]  # reports and log, by name
+
+
+def find_scalesim(path: Path | None, config: str) -> ScaleSim:
+    """Return the SCALE-Sim at `path`, or the installed one; UserError where there is none."""
+    if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
+        version, folder = 1, path
+    else:
+        package = find_package(path)
+        version = 3 if (package / "layout_utils.py").is_file() else 2
+        folder = package.parent
+    code = {}
+    for file in code_files(version, folder):
+        code[str(file.relative_to(folder))] = file.read_text("utf-8", "replace")
+    digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
+    return ScaleSim(version, folder, digest[:32], path, config)
+
+
+def find_package(path: Path | None) -> Path:
+    """Return the folder of the package scalesim: at or in `path`, or where Python finds it."""
+    places = []
+    if path:
+        places = [path, path / "scalesim"]
+    elif spec := importlib.util.find_spec("scalesim"):
+        places = [Path(place) for place in spec.submodule_search_locations or []]
+    for place in places:
+        if place.name == "scalesim" and (place / "scale_sim.py").is_file():
+            return place.absolute()
+    expected = "expected scale.py and run_nets.py, or scalesim/"
+    raise UserError(f"no SCALE-Sim in {path or sys.prefix}, {expected}")
+
+
+def code_files(version: int, folder: Path) -> list[Path]:
+    """Return the files whose code decides what a SCALE-Sim reports."""
+    if version == 1:
+        return list(folder.glob("*.py"))
+    return list((folder / "scalesim").rglob("*.py"))
+
+
+def warn_of_lacking_keys(scalesim: ScaleSim, lacking: list[str]) -> None:
+    """Warn of keys that a config lacks and that this SCALE-Sim reads."""
+    if not lacking:
+        return
+    files = code_files(scalesim.version, scalesim.folder)
+    code = "".join(file.read_text("utf-8", "replace") for file in files)
+    used = [key for key in lacking if re.search(f"['\"]{key}['\"]", code, re.IGNORECASE)]
+    if used:
+        what = f"--scalesim_config lacks {', '.join(used)}, which this SCALE-Sim reads"
+        warn(f"{what}: taken from the built-in config")
 
 
 def run_scalesim(version: str, folder: str) -> None:
     """Run the SCALE-Sim in `folder` on gemm.csv, in a process for that."""
 
-    def follow_parent(here: Path) -> None:
-        os.read(0, 1)  # until the parent closes this stdin, or is gone
-        shutil.rmtree(here, ignore_errors=True)
+    def follow_parent(work_folder: Path) -> None:
+        os.read(0, 1)  # returns when the parent closes this stdin, or is gone
+        shutil.rmtree(work_folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=follow_parent, args=[Path.cwd()], daemon=True).start()
@@ -501,7 +1027,7 @@ def run_scalesim(version: str, folder: str) -> None:
         sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
         runpy.run_path(f"{folder}/scale.py", run_name="__main__")
         return
-    import scalesim  # noqa: F401 - from `folder`, in which the imports below must not look
+    import scalesim  # noqa: F401 - from `folder`, unlike the imports below
 
     sys.path.remove(folder)
     import numpy
@@ -509,417 +1035,570 @@ def run_scalesim(version: str, folder: str) -> None:
     vars(numpy).setdefault("int", int)  # gone since 1.24, but used by SCALE-Sim up to 2.0.1
     from scalesim.scale_sim import scalesim as simulator
 
-    wanted = {"config": "gemm.cfg", "topology": "gemm.csv", "layout": "layout.csv", "save_disk_space": True}
-    known = inspect.signature(simulator).parameters
-    simulator(**{name: wanted[name] for name in wanted if name in known}).run_scale(top_path=".")
+    arguments: dict[str, Any] = {"config": "gemm.cfg", "topology": "gemm.csv"}
+    if "layout" in inspect.signature(simulator).parameters:
+        arguments["layout"] = "layout.csv"
+    simulator(**arguments, save_disk_space=True).run_scale(top_path=".")
     sys.stdout.flush()
     os._exit(0)  # its reports are closed; freeing its matrices takes time
 
 
+# As text, since a Dask worker does not have this script.
 SCALESIM_PROCESS = f"""import gc, inspect, os, runpy, shutil, sys, threading
 from pathlib import Path
+from typing import Any
 {inspect.getsource(run_scalesim)}
-run_scalesim(*sys.argv[1:])"""  # as text, for machines that have no such script
-
-
-class ScaleSim(NamedTuple):
-    """A SCALE-Sim: version, folder, hash of its code and config, --scalesim_path, config."""
-
-    version: int
-    folder: str
-    digest: str
-    path: Path | None
-    config: str
-
-
-class Simulation(NamedTuple):
-    """What a SCALE-Sim process left: exit status, seconds, reports and log by name."""
-
-    status: int
-    seconds: float
-    files: dict[str, str]
-
-
-def find_scalesim(path: Path | None, config: str, lacking: Sequence[str] = ()) -> ScaleSim:
-    """Find the SCALE-Sim at `path`, or the installed one; warn of keys that it reads and the config lacked."""
-    if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
-        version, folder, files = 1, path, path.glob("*.py")
-    else:
-        spec = None if path else importlib.util.find_spec("scalesim")
-        places = [path, path / "scalesim"] if path else map(Path, (spec and spec.submodule_search_locations) or [])
-        package = next((each for each in places if each.name == "scalesim" and (each / "scale_sim.py").is_file()), None)
-        if not package:
-            raise UserError(f"no SCALE-Sim in {path or sys.prefix}, expected scale.py and run_nets.py, or scalesim/")
-        version, folder = 3 if (package / "layout_utils.py").is_file() else 2, package.absolute().parent
-        files = package.rglob("*.py")
-    code = {str(file.relative_to(folder)): file.read_text("utf-8", "replace") for file in files}
-    if read := [key for key in lacking if re.search(f"['\"]{key}['\"]", "".join(code.values()), re.IGNORECASE)]:
-        warn(f"--scalesim_config lacks {', '.join(read)}, which this SCALE-Sim reads: taken from the built-in config")
-    digest = hashlib.sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()
-    return ScaleSim(version, str(folder), digest[:32], path, config)
-
-
-def topology(gemms: Iterable[tuple[str, Gemm]]) -> str:
-    """Return GEMMs as convolutions, which every SCALE-Sim reads: ifmap M x K, N filters of 1 x K."""
-    named = ((re.sub('[",]', "_", name), *gemm) for name, gemm in gemms)  # SCALE-Sim's reader knows no quotes
-    rows = "".join(f"{name},{m},{k},1,{k},1,{n},1,\n" for name, m, n, k in named)
-    return f"layer name,{','.join(CONVOLUTION)},\n{rows}"
+run_scalesim(*sys.argv[1:])"""
 
 
 def simulate(scalesim: ScaleSim, gemm: Gemm, lifeline: int = subprocess.PIPE) -> Simulation:
-    """Run a GEMM through SCALE-Sim, here or on a Dask worker, until it or `lifeline`, a pipe, ends."""
+    """Run SCALE-Sim on a GEMM, here or on a Dask worker, until it or `lifeline`, a pipe, ends."""
     here = find_scalesim(scalesim.path, scalesim.config)
     if here.digest != scalesim.digest:
         raise UserError(f"the SCALE-Sim in {here.folder} is not the one that this run began with")
-    command = [sys.executable, "-BXutf8", "-c", SCALESIM_PROCESS, str(here.version), here.folder]
-    inputs = {"gemm.cfg": scalesim.config, "gemm.csv": topology([("gemm", gemm)]), "layout.csv": LAYOUT}
+    inputs = {
+        "gemm.cfg": scalesim.config,
+        "gemm.csv": topology([("gemm", gemm)]),
+        "layout.csv": LAYOUT,
+    }
+    python = [sys.executable, "-BXutf8", "-c", SCALESIM_PROCESS]
+    command = [*python, str(here.version), str(here.folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="gen_astrasim_", ignore_cleanup_errors=True) as name:
-        folder, began = Path(name), time.monotonic()
+        folder = Path(name)
         write_files(folder, inputs)
-        with (folder / LOG).open("wb") as log:
-            streams: dict[str, Any] = {"stdin": lifeline, "stdout": log, "stderr": subprocess.STDOUT}
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            # In a new session: a terminal's Ctrl-C is for this process, which ends the others.
-            with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **streams) as process:
-                status = process.wait()
-        seconds = round(time.monotonic() - began, 3)
-        reports = [file for report in folder.rglob(REPORTS[here.version][0]) for file in report.parent.glob("*.csv")]
-        written = [file for file in (*reports, folder / LOG) if file.is_file() and file.name not in inputs]
-        return Simulation(status, seconds, {file.name: file.read_text("utf-8", "replace") for file in written})
+        with (
+            (folder / LOG).open("wb") as log,
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=lifeline,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            ) as process,
+        ):
+            status = process.wait()
+        files = {}
+        for report in folder.rglob(here.report_name):
+            for file in report.parent.glob("*.csv"):
+                if file.is_file() and file.name not in inputs:
+                    files[file.name] = file.read_text("utf-8", "replace")
+        files[LOG] = (folder / LOG).read_text("utf-8", "replace")
+    return Simulation(status, files)
 
 
-def reported_cycles(files: dict[str, str], version: int) -> int | None:
-    """Return the cycles in SCALE-Sim's report of one GEMM, if it is whole."""
-    report, column = REPORTS[version]
-    text = files.get(report, "")
+def topology(gemms: Iterable[tuple[str, Gemm]]) -> str:
+    """Return GEMMs as convolutions, which every SCALE-Sim reads: ifmap M x K, filters 1 x K."""
+    lines = [f"layer name,{','.join(CONVOLUTION_COLUMNS[1:])},strides,\n"]
+    for name, (m, n, k) in gemms:
+        plain_name = re.sub('[",]', "_", name)  # SCALE-Sim's reader knows no quotes
+        lines.append(f"{plain_name},{m},{k},1,{k},1,{n},1,\n")
+    return "".join(lines)
+
+
+def checked_cycles(simulation: Simulation, job: Job, scalesim: ScaleSim, folder: Path) -> int:
+    """Return a simulation's cycles; UserError where it failed, with its log in `folder`."""
+    cycles = reported_cycles(simulation.files, scalesim)
+    if cycles and simulation.status == 0:
+        return cycles
+    write_files(folder, simulation.files)
+    log_lines = [line.strip()[:200] for line in simulation.files[LOG].splitlines() if line.strip()]
+    last_lines = " | ".join(log_lines[-3:])
+    printable = "".join(character for character in last_lines if character.isprintable())
+    status = simulation.status
+    if status < 0:
+        problem = f"killed, {signal.strsignal(-status)}"
+    elif status > 0:
+        problem = f"exit status {status}"
+    else:
+        column = scalesim.cycles_column
+        problem = f"no {scalesim.report_name} with one row and a number >= 1 as {column}"
+    if status == -signal.SIGKILL or "MemoryError" in last_lines:
+        problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
+    raise UserError(
+        f"SCALE-Sim failed on GEMM {job.gemm} ({job.first_use}): {problem};"
+        f" it last said: {printable or 'nothing'}; log: {folder / LOG}"
+    )
+
+
+def reported_cycles(files: dict[str, str], scalesim: ScaleSim) -> int | None:
+    """Return the cycles in SCALE-Sim's report of one GEMM; None where it is not whole."""
+    report = files.get(scalesim.report_name, "")
+    if not report.endswith("\n"):
+        return None
     try:
-        lines = ([cell.strip() for cell in line] for line in csv.reader(io.StringIO(text)))
-        header, row = (line for line in lines if any(line))
-        cycles = whole_number(row[header.index(column)].removesuffix(".0"))
+        rows = [row for row in csv.reader(io.StringIO(report), skipinitialspace=True) if any(row)]
+        header, values = rows
+        columns = [cell.strip() for cell in header]
+        cycles = values[columns.index(scalesim.cycles_column)].strip()
     except (csv.Error, ValueError, IndexError):
         return None
-    return cycles if cycles >= 1 and text.endswith("\n") else None
+    return whole_number(cycles.removesuffix(".0")) or None
 
 
-# --- Each distinct GEMM once: cached, and side by side
+# --- Many GEMMs at once: the cache, the limits of this machine, the pools
+
+
+class Cached(NamedTuple):
+    """A finished simulation."""
+
+    cycles: int
+    files: dict[str, str]  # reports and log, by name
+
+
 class Cache:
-    """Finished simulations of one SCALE-Sim and config: <cache_dir>/<hash of both>/<M>x<N>x<K>.json."""
+    """Finished simulations, <folder>/<M>x<N>x<K>.json, of one SCALE-Sim and config."""
 
-    def __init__(self, folder: Path | None, version: int) -> None:
-        self.folder = folder  # None: nothing is cached
-        self.version = version
+    def __init__(self, cache_dir: Path | None, scalesim: ScaleSim) -> None:
+        self.scalesim = scalesim
+        self.folder = cache_dir / scalesim.digest if cache_dir else None  # None: no cache
 
-    def load(self, gemm: Gemm) -> tuple[int, Simulation] | None:
-        """Return a GEMM's cycles and simulation; None where there is none to trust."""
-        try:
-            entry = json.loads((self.folder / f"{gemm}.json").read_bytes()) if self.folder else {}
-            seconds, files = float(entry["seconds"]), entry["files"]
-            "".join(files.values()).encode()  # fails where it is no text
-            safe = all(re.fullmatch(r"\w[\w.-]{0,99}", name) for name in files) and 0 < seconds < 1e9
-            cycles = reported_cycles(files, self.version)
-            return (cycles, Simulation(0, seconds, files)) if cycles and safe and entry["gemm"] == str(gemm) else None
-        except Exception:  # it is simulated again, and replaced
+    def load(self, gemm: Gemm) -> Cached | None:
+        """Return a GEMM's simulation; None where there is none that can be trusted."""
+        if not self.folder:
             return None
-
-    def store(self, gemm: Gemm, simulation: Simulation) -> None:
-        """Publish a simulation; where that can't be done, warn and cache no more."""
-        entry = {"gemm": str(gemm), "seconds": simulation.seconds, "files": simulation.files}
         try:
-            if self.folder:
-                write_files(self.folder, {f"{gemm}.json": json.dumps(entry)})
+            entry = json.loads((self.folder / f"{gemm}.json").read_bytes())
+            files = entry["files"]
+            "".join(files.values()).encode()  # fails where it is no text
+            if entry["gemm"] != str(gemm):
+                return None
+        except Exception:  # whatever an entry is, it is simulated again and replaced
+            return None
+        for name in files:
+            if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+                return None  # it would be written elsewhere
+        cycles = reported_cycles(files, self.scalesim)
+        return Cached(cycles, files) if cycles else None
+
+    def store(self, gemm: Gemm, files: dict[str, str]) -> None:
+        """Publish a simulation; where that can't be done, warn and cache no more."""
+        if not self.folder:
+            return
+        entry = json.dumps({"gemm": str(gemm), "files": files})
+        try:
+            write_files(self.folder, {f"{gemm}.json": entry})
         except OSError as error:
             warn(f"can't cache in {self.folder}: {error.strerror}; going on without")
             self.folder = None
 
-    def pace(self, array: Architecture) -> float:
-        """Return cached simulations' seconds, divided by their estimates."""
-        took = estimated = 0.0
-        for file in itertools.islice(self.folder.glob("*.json") if self.folder else (), 100):
-            sizes = file.stem.split("x")
-            if len(sizes) == 3 and (found := self.load(gemm := Gemm(*map(whole_number, sizes)))):
-                took += found[1].seconds
-                estimated += estimated_cost(gemm, array)[1]
-        return took / estimated if took else 1.0
+
+CGROUP_ROOT, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-class Job(NamedTuple):
-    """A distinct GEMM, who uses it first, and its estimated cycles, bytes of memory and seconds."""
-
-    gemm: Gemm
-    first_use: str
-    cycles: int
-    memory: int
-    seconds: float
-
-
-def distinct_jobs(plan: Plan, array: Architecture, version: int) -> list[Job]:
-    """Return each distinct GEMM of a plan, the longest first."""
-    uses: dict[Gemm, str] = {}
-    for layer, shards in plan:
-        for shard in shards:
-            uses.setdefault(shard.gemm, f"layer {layer.name}, {shard.pass_name} pass")
-    jobs = []
-    for gemm, first_use in uses.items():
-        memory, seconds = estimated_cost(gemm, array)
-        memory = 60_000_000 if version == 1 else memory  # v1 keeps its traces on disk
-        jobs.append(Job(gemm, first_use, estimated_cycles(gemm, array), memory, seconds))
-    return sorted(jobs, key=lambda job: -job.cycles)
-
-
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-
-
-def control_groups(*files: str) -> Iterator[list[str]]:
-    """Yield these files' words, of each control group (version 2 or 1) of this process."""
-    with suppress(OSError):  # no Linux
-        for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            innermost = CGROUPS / controllers / group.strip("/")
-            for folder in (innermost, *innermost.parents):
-                with suppress(OSError):
-                    yield [word for name in files for word in (folder / name).read_text().split()]
+def control_groups() -> list[Path]:
+    """Return the folders of the control groups (version 2) that hold this process."""
+    with suppress(OSError):  # not Linux
+        for line in OWN_CGROUP.read_text().splitlines():
+            if line.startswith("0::/"):
+                innermost = CGROUP_ROOT / line.removeprefix("0::/")
+                return [innermost, *innermost.parents]
+    return []
 
 
 def available_cpus() -> int:
     """Return how many CPUs this process may keep busy."""
-    quotas = (*control_groups("cpu.max"), *control_groups("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-    cpus = (os.cpu_count() or 1) if sys.platform == "darwin" else len(os.sched_getaffinity(0))
-    return max(1, min([cpus, *(-(-int(quota) // int(period)) for quota, period in quotas if quota.isdigit())]))
+    cpus = os.cpu_count() or 1
+    if sys.platform != "darwin":
+        cpus = len(os.sched_getaffinity(0))
+    for group in control_groups():
+        with suppress(OSError):  # no limit there
+            quota, period = (group / "cpu.max").read_text().split()
+            if quota != "max":
+                cpus = min(cpus, -(-int(quota) // int(period)))
+    return max(1, cpus)
 
 
 def available_memory() -> float:
     """Return how many bytes of memory new processes may fill."""
-    available = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError):
         words = Path("/proc/meminfo").read_text().split()
-        available.append(int(words[words.index("MemAvailable:") + 1]) * 1024)
-    for file, used in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):  # without what files cache
-        groups = control_groups(file, "memory.stat")
-        available += [int(limit) - int(stat[stat.index(used) + 1]) for limit, *stat in groups if limit != "max"]
-    return max(0, min(available))
+        available = min(available, int(words[words.index("MemAvailable:") + 1]) * 1024)
+    for group in control_groups():
+        with suppress(OSError):  # no limit there
+            limit = (group / "memory.max").read_text().strip()
+            words = (group / "memory.stat").read_text().split()
+            if limit != "max":
+                used = int(words[words.index("anon") + 1])  # without what files cache
+                available = min(available, int(limit) - used)
+    return max(0, available)
 
 
-Tasks = dict[Job, Future[Simulation]]
-Submit = Callable[[Job], Future[Simulation]]
+def warn_of_memory(jobs: list[Job], memory: float) -> None:
+    """Warn of the largest simulation, where it needs more memory than there is."""
+    largest = max(jobs, key=lambda job: job.memory)
+    if largest.memory > memory:
+        needs = f"needs about {largest.memory / 1e9:,.1f} GB of memory"
+        warn(
+            f"GEMM {largest.gemm} ({largest.first_use}) {needs}, {memory / 1e9:,.1f} GB is free;"
+            " it may be killed, try --cycle_model=analytical"
+        )
+
+
+def estimated_range(jobs: list[Job], slots: float, memory: float) -> str:
+    """Return how long simulations take that slow each other, with so many slots and bytes."""
+    largest = max((job.memory for job in jobs), default=1)
+    slots = max(1, min(slots, memory // largest))
+    longest = max((job.seconds for job in jobs), default=0.0)
+    shared = sum(job.seconds for job in jobs) / slots
+    return f"{duration(0.6 * max(longest, shared))} to {duration(2.2 * (longest + shared))}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that people read."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:,.0f} min"
+    return f"{seconds / 3600:,.0f} h"
+
+
+Submit = Callable[[Job], "Future[Simulation]"]
+Tasks = dict[Job, "Future[Simulation]"]
 
 
 @contextmanager
-def local_pool(processes: int, scalesim: ScaleSim) -> Iterator[Submit]:
-    """Give a function that simulates here; at the end, end what runs."""
-    lifeline, held = os.pipe()
+def local_pool(scalesim: ScaleSim, processes: int) -> Iterator[Submit]:
+    """Give a function that simulates on this machine; at the end, end what still runs."""
+    lifeline, our_end = os.pipe()
     pool = ThreadPoolExecutor(processes)
     try:
         yield lambda job: pool.submit(simulate, scalesim, job.gemm, lifeline)
     finally:
-        os.close(held)  # at which every SCALE-Sim process ends
+        os.close(our_end)  # at which every SCALE-Sim process ends
         pool.shutdown(cancel_futures=True)
         os.close(lifeline)
 
 
 @contextmanager
-def dask_pool(address: str, scalesim: ScaleSim) -> Iterator[Submit]:
+def dask_pool(scalesim: ScaleSim, address: str) -> Iterator[Submit]:
     """Give a function that simulates on a Dask cluster."""
-    logging.disable()
+    logging.disable()  # Dask's own tracebacks
     try:
         from distributed import Client, KilledWorker
         from distributed.comm import CommClosedError
 
-        Client.__del__ = lambda _: None  # it tries for 40 s to end what never began
+        Client.__del__ = lambda _: None  # it would try for 40 s to end what never began
         client = Client(address, timeout=20, set_as_default=False)
-    except Exception as error:  # there is no Dask, or whatever it makes of an address
+    except Exception as error:  # no Dask, or whatever it makes of an address
         raise UserError(f"--dask_scheduler={address} can't be reached: {error}") from None
     with client:
         pool = client.get_executor(pure=False)
         if not client.nthreads():
-            warn(f"the Dask scheduler at {address} has no workers yet: waiting for them")
+            warn(f"the Dask scheduler at {address} has no workers yet")
+
+        def submit(job: Job) -> Any:
+            priority = min(job.cycles, 1 << 62)
+            return pool.submit(simulate_on_worker, scalesim, job.gemm, priority=priority)
+
         try:
-            yield lambda job: pool.submit(simulate, scalesim, job.gemm, priority=min(job.cycles, 1 << 62))
+            yield submit
         except (KilledWorker, CommClosedError, CancelledError) as error:
             raise UserError(f"--dask_scheduler={address} lost a simulation: {error!r}") from None
         finally:
             pool.shutdown(wait=False)
 
 
-def run_side_by_side(submit: Submit, jobs: list[Job], slots: int, memory: float) -> Iterator[tuple[Tasks, Tasks]]:
-    """Submit jobs as slots and memory allow; yield, each second, what runs and what has finished."""
-    waiting, running, free = list(jobs), Tasks(), memory
+def simulate_on_worker(scalesim: ScaleSim, gemm: Gemm) -> Simulation:
+    """Simulate on a Dask worker, whose errors name it."""
+    try:
+        return simulate(scalesim, gemm)
+    except UserError as error:
+        raise UserError(f"Dask worker on {os.uname().nodename}: {error}") from None
+
+
+def run_side_by_side(
+    submit: Submit, jobs: list[Job], slots: int, memory: float
+) -> Iterator[tuple[Tasks, Tasks]]:
+    """Submit jobs as slots and memory allow; yield, each second, what runs and what finished."""
+    waiting = list(jobs)
+    running: Tasks = {}
+    free = memory
     while waiting or running:
-        fitting = (each for each in waiting if each.memory <= free)
-        job = next(fitting, None if running else waiting[0])  # too large for all memory: alone
+        job = next_job(waiting, free, alone=not running)
         if job and len(running) < slots:
             waiting.remove(job)
             running[job] = submit(job)
             free -= job.memory
             continue
         done = wait(running.values(), timeout=1, return_when=FIRST_COMPLETED).done
-        finished = {job: running.pop(job) for job, future in list(running.items()) if future in done}
-        free += sum(job.memory for job in finished)
+        finished = {job: future for job, future in running.items() if future in done}
+        for job in finished:
+            del running[job]
+            free += job.memory
         yield running, finished
 
 
-def estimated_range(jobs: list[Job], pace: float, slots: int, memory: float) -> str:
-    """Return how long simulations take, which slow each other."""
-    slots = max(1, int(min(slots, memory // max([1, *(job.memory for job in jobs)]))))
-    longest, shared = max([0.0, *(job.seconds for job in jobs)]), sum(job.seconds for job in jobs) / slots
-    said = []
-    for seconds in (0.6 * pace * max(longest, shared), 2.2 * pace * (longest + shared)):
-        size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
-        said.append(f"{seconds / size:,.0f} {unit}")
-    return " to ".join(said)
+def next_job(waiting: list[Job], free: float, alone: bool) -> Job | None:
+    """Return the first job that fits into memory; one that never fits has to run alone."""
+    for job in waiting:
+        if job.memory <= free:
+            return job
+    return waiting[0] if waiting and alone else None
 
 
-def simulated_cycles(jobs: list[Job], scalesim: ScaleSim, cache: Cache, pace: float, settings: Settings) -> Times:
-    """Simulate GEMMs, and return their cycles; UserError when SCALE-Sim fails."""
-    pool, slots, memory = local_pool(settings.jobs, scalesim), settings.jobs, available_memory()
-    if settings.dask_scheduler:  # whose workers know their own memory
-        pool, slots, memory = dask_pool(settings.dask_scheduler, scalesim), len(jobs), math.inf
-    gemm, first_use, _, needed, _ = max(jobs, key=lambda job: job.memory)
-    if needed > memory:
-        needs = f"needs about {needed / 1e9:,.1f} GB of memory, {memory / 1e9:,.1f} GB is free"
-        warn(f"GEMM {gemm} ({first_use}) {needs}; it may be killed, try --cycle_model=analytical")
-    estimate, total = estimated_range(jobs, pace, slots, memory), sum(job.seconds for job in jobs)
-    layout = f"GEMM {{desc}} {{percentage:3.0f}}% |{{bar}}| {{elapsed}}<{{remaining}} of {estimate}{{postfix}}"
-    bar = tqdm(desc=f"1/{len(jobs)}", total=total, bar_format=layout, smoothing=0, disable=None, leave=False)
-    cycles: Times = {}
-    try:
-        with pool as submit, bar:
-            for running, finished in run_side_by_side(submit, jobs, slots, memory):
-                for job, future in finished.items():
-                    simulation, folder = future.result(), settings.run_folder / f"gemm_{job.gemm}"
-                    cycles[job.gemm] = checked_cycles(simulation, job, scalesim.version, folder)
-                    cache.store(job.gemm, simulation)
-                    write_files(folder, simulation.files)
-                    bar.update(job.seconds)
-                bar.set_description_str(f"{len(cycles) + len(running)}/{len(jobs)}")
-                bar.set_postfix_str(next((f"{job.gemm}, {job.first_use}" for job in running), ""))
-    except KeyboardInterrupt:
-        kept = cache.folder or "no folder"
-        print_message("interrupted", f"{len(cycles)} of {len(jobs)} GEMMs are finished, cached in {kept}")
-        raise
-    return cycles
+def progress_bar(jobs: list[Job], time_range: str) -> tqdm[Any]:
+    """Return a bar of the seconds that are estimated, for a terminal only."""
+    layout = "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+    return tqdm(
+        desc=f"1/{len(jobs)}",
+        total=sum(job.seconds for job in jobs),
+        bar_format=f"{layout} of {time_range}{{postfix}}",
+        smoothing=0,
+        disable=None,
+        leave=False,
+    )
 
 
-def checked_cycles(simulation: Simulation, job: Job, version: int, folder: Path) -> int:
-    """Return a simulation's cycles; UserError, with its log in `folder`."""
-    status, _, files = simulation
-    cycles = reported_cycles(files, version)
-    if cycles and not status:
+def show_progress(progress: tqdm[Any], finished: int, running: list[Job], jobs: int) -> None:
+    """Say in the bar how many GEMMs have begun, and which has run longest."""
+    progress.set_description_str(f"{finished + len(running)}/{jobs}")
+    postfix = ""
+    if running:
+        postfix = f"{running[0].gemm}, {running[0].first_use}"
+    progress.set_postfix_str(postfix)
+
+
+# --- Times and totals
+
+
+def timed_layers(
+    plans: list[LayerPlan], cycles: Cycles, unit: str, clock_mhz: float | None
+) -> list[TimedLayer]:
+    """Return each layer with its passes' times in `unit`; warn where rounding moves a total."""
+
+    def timed(plan: LayerPlan, layer_pass: Pass) -> Row:
+        count = layer_pass.repeats * cycles[layer_pass.gemm]
+        return Row(plan, layer_pass, count, time_in(count, unit, clock_mhz))
+
+    layers = []
+    for plan in plans:
+        forward = timed(plan, plan.forward)
+        input_gradient = timed(plan, plan.input_gradient)
+        weight_gradient = timed(plan, plan.weight_gradient)
+        layers.append(TimedLayer(plan, forward, input_gradient, weight_gradient))
+    return layers
+
+
+def time_in(cycles: int, unit: str, clock_mhz: float | None) -> int:
+    """Return cycles in `unit`, to the nearest whole number, but not to 0."""
+    if unit == "cycles" or cycles == 0:
         return cycles
-    problem = "no {} with one row and a number >= 1 as {}".format(*REPORTS[version])
-    if status:
-        problem = f"exit status {status}" if status > 0 else f"killed, {signal.strsignal(-status)}"
-    last = " | ".join([line.strip()[:200] for line in files.get(LOG, "").splitlines() if line.strip()][-3:])
-    if status == -signal.SIGKILL or "MemoryError" in last:
-        problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
-    said = "".join(c for c in last if c.isprintable()) or "nothing"
-    write_files(folder, files)
-    where = f"GEMM {job.gemm} ({job.first_use})"
-    raise UserError(f"SCALE-Sim failed on {where}: {problem}; it last said: {said}; log: {folder / LOG}")
+    return max(1, round(cycles * cycle_length(unit, clock_mhz)))
 
 
-# --- Compute times and totals
-def _pass_totals(plan: Plan, times: Times) -> list[int]:
-    return [sum(times[shards[index].gemm] for _, shards in plan) for index in range(len(PASSES))]
+def cycle_length(unit: str, clock_mhz: float | None) -> Fraction:
+    """Return how long a cycle is, in ns or us."""
+    in_microseconds = 1 / Fraction(str(clock_mhz))
+    return in_microseconds if unit == "us" else 1000 * in_microseconds
 
 
-def collective_totals(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Return the number and bytes of each collective, without those of one member."""
-    running = [shard for _, shards in plan for shard in shards if shard.members > 1]
-    sizes = {name: [shard.bytes for shard in running if shard.collective == name] for name in COMM_TYPES}
-    return {name: (len(each), sum(each)) for name, each in sizes.items()}
+def all_rows(layers: list[TimedLayer]) -> list[Row]:
+    """Return the passes of all layers, in the order of layers.csv."""
+    return [row for layer in layers for row in layer.rows]
 
 
-def compute_times(plan: Plan, cycles: Times, unit: str, clock_mhz: float | None) -> Times:
-    """Return times in `unit`, to the nearest whole number >= 1; warn where that moves a total."""
+def warn_of_rounding(rows: list[Row], unit: str, clock_mhz: float | None) -> None:
+    """Warn where rounding to whole ns or us moves the total of a pass by more than 1 %."""
     if unit == "cycles":
-        return cycles
-    cycle = (1000 if unit == "ns" else 1) / Fraction(str(clock_mhz))  # its length in that unit
-    times = {gemm: max(1, round(count * cycle)) for gemm, count in cycles.items()}
-    for name, written, exact in zip(PASSES.values(), _pass_totals(plan, times), _pass_totals(plan, cycles)):
-        change = float(written / (exact * cycle) - 1)
+        return
+    for name in PASS_FILES:
+        cycles = sum(row.cycles for row in rows if row.layer_pass.name == name)
+        written = sum(row.time for row in rows if row.layer_pass.name == name)
+        change = float(written / (cycles * cycle_length(unit, clock_mhz)) - 1)
         if abs(change) > 0.01:
-            warn(f"--time_unit={unit}: rounding moves the compute time of the {name} pass by {change:+.1%}")
-    return times
+            what = f"the compute time of the {name} pass by {change:+.1%}"
+            warn(f"--time_unit={unit}: rounding moves {what}")
 
 
-# --- The workload file and the run folder
-def workload_text(plan: Plan, times: Times, parallel: str, update_time: int) -> str:
-    """Return the workload file that ASTRA-sim reads; sizes are bytes."""
-    lines = [parallel, str(len(plan))]
-    for layer, shards in plan:
-        passes = (f"{times[shard.gemm]}\t{shard.collective}\t{shard.bytes}" for shard in shards)
-        words = [layer.name, "-1", *passes, str(update_time)]
-        # ASTRA-sim 1.0 reads words, and elsewhere takes this one for the next layer.
-        lines.append("\t".join([*words, layer.strategy] if parallel == CUSTOMIZED else words))
+def total_times(rows: list[Row]) -> dict[str, int]:
+    """Return the compute time of a training step by pass, and of all passes."""
+    totals = dict.fromkeys([*PASS_FILES, "all passes"], 0)
+    for row in rows:
+        totals[row.layer_pass.name] += row.time
+        totals["all passes"] += row.time
+    return totals
+
+
+class CollectiveTotal(NamedTuple):
+    """Collectives of one kind in a training step."""
+
+    number: int
+    bytes: int
+
+
+def total_collectives(rows: list[Row]) -> dict[str, CollectiveTotal]:
+    """Return the number and bytes of each kind of collective, without those of one member."""
+    totals = {kind: CollectiveTotal(0, 0) for kind in COLLECTIVE_TYPES}
+    for row in rows:
+        collective = row.layer_pass.collective
+        if collective and collective.members > 1:
+            number, size = totals[collective.kind]
+            totals[collective.kind] = CollectiveTotal(number + 1, size + collective.bytes)
+    return totals
+
+
+# --- What ASTRA-sim reads: the workload file, and execution traces for 2.x
+
+
+def workload_text(layers: list[TimedLayer], parallel: str, update_time: int) -> str:
+    """Return the workload file: compute times, and collectives in bytes."""
+    lines = [parallel, str(len(layers))]
+    for layer in layers:
+        words: list[object] = [layer.plan.layer.name, -1]
+        for row in layer.rows:
+            words += [row.time, *written_collective(row.layer_pass.collective)]
+        words.append(update_time)
+        if parallel == CUSTOMIZED:  # elsewhere ASTRA-sim 1.0 takes this word for the next layer
+            words.append(layer.plan.layer.strategy)
+        lines.append("\t".join(str(word) for word in words))
     return "\n".join(lines) + "\n"
 
 
-def _csv_text(*rows: Iterable[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+def written_collective(collective: Collective | None) -> tuple[str, int]:
+    """Return the kind and bytes of a collective, as text files have them."""
+    if not collective:
+        return "NONE", 0
+    return collective.kind, collective.bytes
 
 
-def _layers_table(plan: Plan, cycles: Times) -> str:
-    rows = []
-    for layer, shards in plan:
-        whole = (layer.name, layer.strategy, shards[2].members, shards[0].members)
-        for pass_name, gemm, collective, size, _, members in shards:
-            rows.append((*whole, pass_name, *gemm, cycles[gemm], collective, size, members))
-    return "layer,strategy,dp,mp,pass,M,N,K,cycles,collective,bytes,members\n" + _csv_text(*rows)
+Nodes = list[int]  # ids of nodes of a trace, after which another one starts
 
 
-SUMMARY = (
-    "mnk,parallel,num_npus,num_packages,datatype_size,minibatch,cycle_model,time_unit,clock_mhz,compute_forward,"
-    "compute_input_gradient,compute_weight_gradient,compute_all,allgather_count,allgather_bytes,reducescatter_count,"
-    "reducescatter_bytes,allreduce_count,allreduce_bytes,distinct_gemms,output_file\n"
-)
+def chakra_trace(
+    layers: list[TimedLayer], network: Network, parallel: str, num_passes: int
+) -> bytes:
+    """Return the execution trace of any NPU, ASTRA-sim 1.0's training loop; times are us."""
+    trace = TraceWriter(network)
+    backward = data_backward if parallel == "DATA" else model_backward
+    updated: list[Nodes] = [[] for _ in layers]  # after which a layer has its new weights
+    for _ in range(num_passes):
+        before: Nodes = []
+        for index, layer in enumerate(layers):
+            computed = trace.compute(layer.forward, before + updated[index])
+            before = trace.communicate(layer.forward, computed)
+        for index, layer in reversed(list(enumerate(layers))):
+            before, updated[index] = backward(trace, layer, before, is_first=index == 0)
+    return trace.stream.getvalue()
 
 
-def append_summary(path: Path, plan: Plan, times: Times, settings: Settings) -> None:
-    """Append a row of this run, whole, also beside other runs."""
-    values = {name: getattr(settings, name) for name in SUMMARY.split(",")[:9]}  # flags
-    if settings.minibatch == 1 and all(layer.inputs == layer.m * layer.k for layer, _ in plan):
-        values["minibatch"] = None  # as GEMMs are
-    compute, collectives = _pass_totals(plan, times), itertools.chain(*collective_totals(plan).values())
-    row = _csv_text([*values.values(), *compute, sum(compute), *collectives, len(times), settings.output_file])
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        before = file.read()
-        start = SUMMARY if not before else "" if before.endswith(b"\n") else "\n"  # after a torn row
-        file.write((start + row).encode("utf-8", "surrogateescape"))
+def data_backward(
+    trace: TraceWriter, layer: TimedLayer, before: Nodes, is_first: bool
+) -> tuple[Nodes, Nodes]:
+    """Add DATA's backward pass of a layer; return what the next layer and the next step wait for.
+
+    The weight gradient comes first, and its collective runs beside all that follows.
+    """
+    computed = trace.compute(layer.weight_gradient, before)
+    updated = trace.communicate(layer.weight_gradient, computed)
+    if is_first:
+        return computed, updated
+    return trace.compute(layer.input_gradient, computed), updated
 
 
-def check_output(settings: Settings) -> None:
-    """Make folders; refuse now what could not be written after hours."""
-    prefix, summary = settings.chakra_et, settings.summary_csv
-    traces = [Path(f"{prefix}.{npu}.et") for npu in range(settings.num_npus)] if prefix and chakra_messages() else []
-    targets = [path.resolve() for path in (settings.output_file, summary, *traces) if path and not path.is_fifo()]
-    given = [path.resolve() for path in (settings.mnk, settings.scalesim_config) if path and path.is_file()]
-    folders = {settings.run_folder, *(target.parent for target in targets)}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    for target in targets:
-        if target.is_dir() or target in given:
-            raise UserError(f"{target} is a folder or was given to read, expected another file to write")
-    for needed in (*folders, *targets):
-        if needed.exists() and not os.access(needed, os.W_OK):
-            raise UserError(f"{needed}: no permission to write")
-    if summary and summary.is_file():
-        header = summary.read_text("utf-8", "surrogateescape").partition("\n")[0].strip()
-        if header not in ("", SUMMARY.strip()):
-            raise UserError(f"{summary}:1: header {header!a:.60}, expected a summary's")
+def model_backward(
+    trace: TraceWriter, layer: TimedLayer, before: Nodes, is_first: bool
+) -> tuple[Nodes, Nodes]:
+    """Add the other strategies' backward pass of a layer; return as data_backward.
+
+    The input gradient comes first, and its collective runs beside the weight gradient.
+    """
+    gradient = trace.compute(layer.input_gradient, before)
+    reduced = gradient
+    if not is_first:
+        reduced = trace.communicate(layer.input_gradient, gradient)
+    computed = trace.compute(layer.weight_gradient, gradient)
+    updated = trace.communicate(layer.weight_gradient, computed)
+    return reduced + computed, updated
 
 
-# --- Execution traces for ASTRA-sim 2.x
-# What a trace uses of MLCommons Chakra's messages: field=number:type, * where repeated.
-CHAKRA_MESSAGES = """\
-GlobalMetadata version=1:string
-BoolList values=1:bool*
-AttributeProto name=1:string int64_val=9:int64 bool_val=27:bool bool_list=28:BoolList
-Node id=1:uint64 name=2:string type=3:int32 data_deps=5:uint64* duration_micros=7:uint64 attr=10:AttributeProto*
-"""
+COMP_NODE, COMM_COLL_NODE = 4, 7  # Chakra's node types
+
+
+class TraceWriter:
+    """Writes nodes, each with those after which it starts."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.stream = io.BytesIO()
+        self.messages, self.write = chakra_messages()
+        self.next_id = 0
+        self.write(self.messages["GlobalMetadata"](version="0.0.4"), self.stream)
+
+    def compute(self, row: Row, after: Nodes) -> Nodes:
+        """Add the computing of a pass; return the nodes that end with it."""
+        node = self.new_node(row, after)
+        node.type = COMP_NODE
+        with fits_into_64_bits(row):
+            node.duration_micros = row.time
+        return self.add(node)
+
+    def communicate(self, row: Row, after: Nodes) -> Nodes:
+        """Add the collective after a pass, if there is one; return the nodes that end with it."""
+        collective = row.layer_pass.collective
+        if not collective or collective.members == 1:
+            return after  # ASTRA-sim ends silently at a collective of one member
+        node = self.new_node(row, after)
+        node.name += f" {collective.kind}"
+        node.type = COMM_COLL_NODE
+        node.attr.add(name="comm_type", int64_val=COLLECTIVE_TYPES[collective.kind])
+        with fits_into_64_bits(row):
+            node.attr.add(name="comm_size", int64_val=collective.bytes)
+        involved = []
+        for dimension, size in enumerate(self.network):
+            if size > 1:  # the network has no dimension of one
+                involved.append(dimension in collective.dimensions)
+        node.attr.add(name="involved_dim", bool_list={"values": involved})
+        return self.add(node)
+
+    def new_node(self, row: Row, after: Nodes) -> Any:
+        """Return a node without a type."""
+        dependencies = dict.fromkeys(after)  # ASTRA-sim stops at one that is listed twice
+        name = f"{row.plan.layer.name} {row.layer_pass.name}"
+        node = self.messages["Node"](id=self.next_id, name=name, data_deps=dependencies)
+        node.attr.add(name="is_cpu_op", bool_val=False)
+        self.next_id += 1
+        return node
+
+    def add(self, node: Any) -> Nodes:
+        """Write a node; return it as what later nodes wait for."""
+        self.write(node, self.stream)
+        return [node.id]
+
+
+@contextmanager
+def fits_into_64_bits(row: Row) -> Iterator[None]:
+    """Turn protobuf's error for a number too large into one that names the layer."""
+    try:
+        yield
+    except ValueError:
+        layer = row.plan.layer
+        what = f"{layer.where}: {layer.name}, {row.layer_pass.name} pass"
+        raise UserError(f"{what}: a number beyond the 64 bits of a trace") from None
+
+
+# What a trace uses of MLCommons Chakra's messages: name, number, type and whether it is repeated.
+CHAKRA_MESSAGES = {
+    "GlobalMetadata": [("version", 1, "string", False)],
+    "BoolList": [("values", 1, "bool", True)],
+    "AttributeProto": [
+        ("name", 1, "string", False),
+        ("int64_val", 9, "int64", False),
+        ("bool_val", 27, "bool", False),
+        ("bool_list", 28, "BoolList", False),
+    ],
+    "Node": [
+        ("id", 1, "uint64", False),
+        ("name", 2, "string", False),
+        ("type", 3, "int32", False),
+        ("data_deps", 5, "uint64", True),
+        ("duration_micros", 7, "uint64", False),
+        ("attr", 10, "AttributeProto", True),
+    ],
+}
 
 
 def chakra_messages() -> tuple[dict[str, Any], Callable[[Any, io.BytesIO], None]]:
@@ -930,209 +1609,538 @@ def chakra_messages() -> tuple[dict[str, Any], Callable[[Any, io.BytesIO], None]
     except ImportError:
         raise UserError("--chakra_et needs protobuf: pip install -r requirements.txt") from None
 
-    # As in Chakra's oneof, proto2 writes a value that is set also where it is 0.
-    file = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
-    for message in CHAKRA_MESSAGES.splitlines():
-        declared = file.message_type.add(name=message.split()[0])
-        for name, number, kind, repeated in re.findall(r"(\w+)=(\d+):(\w+)(\*?)", message):
-            of: dict[str, Any] = {"type": f"TYPE_{kind.upper()}"} if kind.islower() else {"type_name": kind}
-            declared.field.add(name=name, number=int(number), label=3 if repeated else 1, **of)
-    return message_factory.GetMessages([file]), serialize_length_prefixed
-
-
-def chakra_trace(plan: Plan, times: Times, network: Sequence[int], parallel: str, num_passes: int) -> bytes:
-    """Return any NPU's execution trace, ASTRA-sim 1.0's training loop; ValueError beyond 64 bits."""
-    (messages, write), trace, ids = chakra_messages(), io.BytesIO(), itertools.count()
-    write(messages["GlobalMetadata"](version="0.0.4"), trace)
-
-    def add(layer: Layer, shard: PassShard, after: list[int], collective: bool = False) -> list[int]:
-        if collective and shard.members == 1:
-            return after  # ASTRA-sim ends silently at a collective of one member
-        node = messages["Node"](id=next(ids), name=f"{layer.name} {shard.pass_name}", data_deps=dict.fromkeys(after))
-        node.attr.add(name="is_cpu_op", bool_val=False)
-        if collective:
-            node.name, node.type = f"{node.name} {shard.collective}", 7  # COMM_COLL_NODE
-            node.attr.add(name="comm_type", int64_val=COMM_TYPES[shard.collective])
-            node.attr.add(name="comm_size", int64_val=shard.bytes)
-            involved = [dimension in shard.dimensions for dimension, size in enumerate(network) if size > 1]
-            node.attr.add(name="involved_dim", bool_list={"values": involved})
-        else:
-            node.type, node.duration_micros = 4, times[shard.gemm]  # COMP_NODE
-        write(node, trace)
-        return [node.id]
-
-    compute, communicate = add, partial(add, collective=True)
-    updated: list[list[int]] = [[] for _ in plan]  # the nodes after which a layer has new weights
-    for _ in range(num_passes):
-        before: list[int] = []
-        for index, (layer, (forward, _, _)) in enumerate(plan):
-            before = communicate(layer, forward, compute(layer, forward, before + updated[index]))
-        for index, (layer, (_, inputs, weights)) in reversed(list(enumerate(plan))):
-            if parallel == "DATA":
-                computed = compute(layer, weights, before)
-                updated[index] = communicate(layer, weights, computed)
-                before = compute(layer, inputs, computed) if index else computed
+    # Chakra's are proto3; proto2 writes a value that is set also where it is 0, as in their oneof.
+    schema = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
+    for message, fields in CHAKRA_MESSAGES.items():
+        declared = schema.message_type.add(name=message)
+        for name, number, kind, is_repeated in fields:
+            field = declared.field.add(name=name, number=number)
+            field.label = field.LABEL_REPEATED if is_repeated else field.LABEL_OPTIONAL
+            if kind in CHAKRA_MESSAGES:
+                field.type_name = kind
             else:
-                gradient = compute(layer, inputs, before)
-                reduced = communicate(layer, inputs, gradient) if index else gradient
-                computed = compute(layer, weights, gradient)
-                updated[index] = communicate(layer, weights, computed)
-                before = reduced + computed
-    return trace.getvalue()
+                field.type = field.Type.Value(f"TYPE_{kind.upper()}")
+    return message_factory.GetMessages([schema]), serialize_length_prefixed
 
 
-@contextmanager
-def staged_traces(prefix: Path, trace: bytes, npus: int) -> Iterator[None]:
-    """Prepare all traces, on disk once if it can be; put them in place at the end."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=prefix.parent) as name:
-        staged = [Path(name, str(npu)) for npu in range(npus)]
-        staged[0].write_bytes(trace)
-        for made, following in itertools.pairwise(staged):
-            try:
-                os.link(made, following)
-            except OSError:  # no links here, or no more
-                shutil.copyfile(made, following)
-        yield
-        for npu, file in enumerate(staged):
-            os.replace(file, f"{prefix}.{npu}.et")
+# --- What people read: layers.csv, the summary, the printed table
+
+LAYERS_HEADER = "layer,strategy,dp,mp,pass,M,N,K,cycles,collective,bytes,members\n"
 
 
-# --- What the user sees
-def result_table(plan: Plan, times: Times, unit: str, customized: bool) -> list[str]:
+def layers_table(rows: list[Row]) -> str:
+    """Return layers.csv: a line for each pass of each layer."""
+    lines = []
+    for row in rows:
+        plan, layer_pass = row.plan, row.layer_pass
+        layer, collective = plan.layer, layer_pass.collective
+        members = collective.members if collective else 1
+        lines.append(
+            [
+                *(layer.name, layer.strategy, plan.dp, plan.mp),
+                *(layer_pass.name, *layer_pass.gemm, row.cycles),
+                *(*written_collective(collective), members),
+            ]
+        )
+    return LAYERS_HEADER + csv_text(lines)
+
+
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Return lines of cells as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+SUMMARY_FLAGS = (
+    "mnk",
+    "parallel",
+    "num_npus",
+    "num_packages",
+    "datatype_size",
+    "minibatch",
+    "cycle_model",
+    "time_unit",
+    "clock_mhz",
+)
+SUMMARY_COLUMNS = (
+    *SUMMARY_FLAGS,
+    "compute_forward",
+    "compute_input_gradient",
+    "compute_weight_gradient",
+    "compute_all",
+    "allgather_count",
+    "allgather_bytes",
+    "reducescatter_count",
+    "reducescatter_bytes",
+    "allreduce_count",
+    "allreduce_bytes",
+    "distinct_gemms",
+    "output_file",
+)
+
+
+def summary_line(rows: list[Row], settings: Settings) -> str:
+    """Return this run's line of the summary."""
+    values = {name: getattr(settings, name) for name in SUMMARY_FLAGS}
+    if rows[0].plan.layer.minibatch is None:
+        values["minibatch"] = None  # a table of GEMMs
+    totals = total_times(rows)
+    values["compute_forward"] = totals["forward"]
+    values["compute_input_gradient"] = totals["input gradient"]
+    values["compute_weight_gradient"] = totals["weight gradient"]
+    values["compute_all"] = totals["all passes"]
+    for kind, total in total_collectives(rows).items():
+        values[f"{kind.lower()}_count"] = total.number
+        values[f"{kind.lower()}_bytes"] = total.bytes
+    values["distinct_gemms"] = len({row.layer_pass.gemm for row in rows})
+    values["output_file"] = settings.output_file
+    return csv_text([[values[name] for name in SUMMARY_COLUMNS]])
+
+
+def result_table(layers: list[TimedLayer], unit: str, show_strategies: bool) -> list[str]:
     """Return what one NPU does in each layer, and in a training step."""
-    rows, footnote = [("layer", "pass", "GEMM of one NPU", unit, "collective", "bytes")], []
-    for same in merged_layers(plan):
-        layer, shards = same[0]
-        name = layer.name if len(same) == 1 else f"{len(same)} × {layer.name} ... {same[-1][0].name}"
-        if uneven_sizes(layer, shards):
-            name, footnote = f"{name} *", ["* a size that does not divide: NPUs have different shares"]
-        for label, shard in zip((name, f"  {layer.strategy}" if customized else "", ""), shards):
-            alone = " of 1" * (shard.collective != "NONE" and shard.members == 1)
-            numbers = (f"{times[shard.gemm]:,}", shard.collective + alone, f"{shard.bytes:,}")
-            rows.append((label, shard.pass_name, str(shard.gemm), *numbers))
-    compute, collectives = _pass_totals(plan, times), collective_totals(plan).items()
-    named = zip([*PASSES.values(), "all passes"], [*compute, sum(compute)])
-    totals = [
-        ("totals of a training step", "", ""),
-        *((f"compute, {name}", f"{total:,}", unit) for name, total in named),
-        *((f"{count:,} × {name}", f"{size:,}", "bytes") for name, (count, size) in collectives if count),
-    ]
-    return [*_aligned(rows, "<<>><>"), *footnote, *_aligned(totals, "<><")]
+    lines = [("layer", "pass", "GEMM of one NPU", unit, "collective", "bytes")]
+    for alike in merged_layers(layers):
+        labels = [alike[0].plan.layer.name, "", ""]
+        if len(alike) > 1:
+            labels[0] = f"{len(alike)} × {labels[0]} ... {alike[-1].plan.layer.name}"
+        if alike[0].plan.uneven_splits:
+            labels[0] += " *"
+        if show_strategies:
+            labels[1] = f"  {alike[0].plan.layer.strategy}"
+        for label, row in zip(labels, alike[0].rows):
+            layer_pass = row.layer_pass
+            kind, size = written_collective(layer_pass.collective)
+            if layer_pass.collective and layer_pass.collective.members == 1:
+                kind += " of 1"
+            numbers = f"{row.time:,}", kind, f"{size:,}"
+            lines.append((label, layer_pass.name, str(layer_pass.gemm), *numbers))
+    table = aligned(lines, "<<>><>")
+    if any(layer.plan.uneven_splits for layer in layers):
+        table.append("* a size that does not divide: NPUs have different shares")
+    return table + aligned(total_lines(all_rows(layers), unit), "<><")
 
 
-def merged_layers(plan: Plan) -> Iterator[Plan]:
-    """Yield equal layers together: one place of a block, of up to 32 layers, that repeats."""
-    kinds: dict[tuple[Any, ...], int] = {}  # a letter for each kind of layer
-    text = "".join(chr(kinds.setdefault(layer[1:], len(kinds))) for layer, _ in plan)
-    for block in re.finditer(r"(.{1,32}?)\1+|.", text, re.DOTALL):
-        size = len(block[1] or block[0])
-        yield from (plan[block.start() + place : block.end() : size] for place in range(size))
+def total_lines(rows: list[Row], unit: str) -> list[tuple[str, str, str]]:
+    """Return the totals of a training step."""
+    lines = [("totals of a training step", "", "")]
+    for name, total_time in total_times(rows).items():
+        lines.append((f"compute, {name}", f"{total_time:,}", unit))
+    for kind, total in total_collectives(rows).items():
+        if total.number:
+            lines.append((f"{total.number:,} × {kind}", f"{total.bytes:,}", "bytes"))
+    return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(f"{cell:{side}{size}}" for cell, side, size in zip(row, sides, widths)).rstrip() for row in rows]
+def merged_layers(layers: list[TimedLayer]) -> Iterator[list[TimedLayer]]:
+    """Yield equal layers together: one position of a block, of up to 32 layers, that repeats."""
+    kinds = [layer.plan.layer._replace(name="", where="") for layer in layers]
+    start = 0
+    while start < len(layers):
+        size, repeats = 1, 1
+        for size in range(1, 33):
+            repeats = block_repeats(kinds, start, size)
+            if repeats > 1:
+                break
+        else:
+            size = 1
+        end = start + size * repeats
+        for position in range(start, start + size):
+            yield layers[position:end:size]
+        start = end
+
+
+def block_repeats(kinds: list[Layer], start: int, size: int) -> int:
+    """Return how often the block of `size` layers at `start` stands there in a row."""
+    block = kinds[start : start + size]
+    repeats = 1
+    end = start + size
+    while kinds[end : end + size] == block:
+        repeats += 1
+        end += size
+    return repeats
+
+
+def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Return lines of cells as text, each column to its side, < or >."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    texts = []
+    for line in lines:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)]
+        texts.append("  ".join(cells).rstrip())
+    return texts
 
 
 # --- The pipeline
+
+
 def generate(settings: Settings) -> None:
     """Do the whole job, from the table to the files."""
     started = time.monotonic()
-    network = (settings.num_npus // settings.num_packages, settings.num_packages)
     layers = read_layers(settings.mnk, settings.parallel, settings.minibatch)
-    plan = [(layer, shard(layer, network, settings.datatype_size, settings.shard_rounding)) for layer in layers]
-    check_plan(plan)
-    array = read_architecture(settings.scalesim_config, settings.cycle_model)
-    scalesim, cache = None, Cache(None, 0)
-    if settings.cycle_model == "simulated":
-        scalesim = find_scalesim(settings.scalesim_path, array.scalesim_text, array.lacking)
-        cache = Cache(settings.cache_dir and settings.cache_dir / scalesim.digest, scalesim.version)
-    jobs = distinct_jobs(plan, array, cache.version)
-    cached = {job.gemm: found for job in jobs if (found := cache.load(job.gemm))}
-    new = [job for job in jobs if job.gemm not in cached]
+    plans = [plan_layer(layer, settings) for layer in layers]
+    check_plans(plans)
+    architecture = read_architecture(settings.scalesim_config)
+    model = cycle_model(settings, architecture)
+    jobs = distinct_jobs(plans, architecture)
     if settings.dry_run:
-        print_results(forecast(plan, jobs, new, cache.pace(array), settings))
+        print_results(forecast(plans, jobs, model, settings))
         return
-    check_output(settings)
-    files = {"scalesim.cfg": array.text, "cycle_model.txt": f"{settings.cycle_model}\n"}
-    for index, name in enumerate(PASSES):
-        rows = ((layer.name, shards[index].gemm) for layer, shards in plan)
-        files[f"{settings.mnk.stem}_{name}.csv"] = topology(rows)
-    write_files(settings.run_folder, files)
-    cycles, how = {job.gemm: job.cycles for job in jobs}, "analytical"
-    if scalesim:
-        cycles = {}
-        for gemm, (count, simulation) in cached.items():
-            cycles[gemm] = count
-            write_files(settings.run_folder / f"gemm_{gemm}", simulation.files)
-        cycles |= simulated_cycles(new, scalesim, cache, cache.pace(array), settings) if new else {}
-        how = f"{len(new)} simulated, {len(cached)} from the cache"
-    write_atomic(settings.run_folder / "layers.csv", _layers_table(plan, cycles))
-    times = compute_times(plan, cycles, settings.time_unit, settings.clock_mhz)
-    trace = chakra_trace(plan, times, network, settings.parallel, settings.num_passes) if settings.chakra_et else b""
-    with staged_traces(settings.chakra_et, trace, settings.num_npus) if settings.chakra_et else nullcontext():
-        write_atomic(settings.output_file, workload_text(plan, times, settings.parallel, settings.update_time))
-        if settings.summary_csv:
-            append_summary(settings.summary_csv, plan, times, settings)
-    lines = result_table(plan, times, settings.time_unit, settings.parallel == CUSTOMIZED)
-    done = f"{len(plan)} layers, {len(jobs)} distinct GEMMs ({how}), {time.monotonic() - started:.1f} s"
-    print_results([*lines, f"wrote {settings.output_file}: {done}"])
+    run_files = {**topologies(plans, settings.mnk.stem), "scalesim.cfg": architecture.text}
+    run_files["cycle_model.txt"] = f"{settings.cycle_model}\n"
+    check_outputs(settings, [*run_files, "layers.csv"])
+    write_files(settings.run_folder, run_files)
+    cycles, source = model.run(jobs)
+    timed = timed_layers(plans, cycles, settings.time_unit, settings.clock_mhz)
+    rows = all_rows(timed)
+    warn_of_rounding(rows, settings.time_unit, settings.clock_mhz)
+    write_files(settings.run_folder, {"layers.csv": layers_table(rows)})
+    publish(
+        settings,
+        text=workload_text(timed, settings.parallel, settings.update_time),
+        trace=trace_of(plans, cycles, settings),
+        summary=summary_line(rows, settings),
+    )
+    table = result_table(timed, settings.time_unit, settings.parallel == CUSTOMIZED)
+    done = f"{len(layers)} layers, {len(jobs)} distinct GEMMs ({source})"
+    seconds = time.monotonic() - started
+    print_results([*table, f"wrote {settings.output_file}: {done}, {seconds:.1f} s"])
 
 
-def forecast(plan: Plan, jobs: list[Job], new: list[Job], pace: float, settings: Settings) -> Iterator[str]:
-    """Yield what --dry_run shows."""
-    times = compute_times(plan, {job.gemm: job.cycles for job in jobs}, settings.time_unit, settings.clock_mhz)
-    yield from result_table(plan, times, f"estimated {settings.time_unit}", settings.parallel == CUSTOMIZED)
-    yield f"dry run: {len(plan)} layers, {len(jobs)} distinct GEMMs of {3 * len(plan)}, nothing written"
-    if settings.cycle_model == "simulated":
-        total, most, free = sum(job.cycles for job in new), max([0, *(job.memory for job in new)]), available_memory()
-        yield f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate: {total:,} estimated cycles"
-        yield f"largest simulation: {most / 1e9:,.1f} GB estimated, {free / 1e9:,.1f} GB free"
-        yield f"time with --jobs={settings.jobs}: {estimated_range(new, pace, settings.jobs, free)} estimated"
+def trace_of(plans: list[LayerPlan], cycles: Cycles, settings: Settings) -> bytes:
+    """Return the trace that --chakra_et asks for, in microseconds; empty where it does not."""
+    if not settings.chakra_et:
+        return b""
+    timed = timed_layers(plans, cycles, "us", settings.clock_mhz)
+    return chakra_trace(timed, settings.network, settings.parallel, settings.num_passes)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run with this command line; return the exit status."""
+def topologies(plans: list[LayerPlan], stem: str) -> dict[str, str]:
+    """Return the GEMMs of each pass as a topology of SCALE-Sim, by file name."""
+    files = {}
+    for pass_name, file_name in PASS_FILES.items():
+        gemms = []
+        for plan in plans:
+            for layer_pass in plan.passes:
+                if layer_pass.name == pass_name:
+                    gemms.append((plan.layer.name, layer_pass.gemm))
+        files[f"{stem}_{file_name}.csv"] = topology(gemms)
+    return files
+
+
+def forecast(
+    plans: list[LayerPlan],
+    jobs: list[Job],
+    model: AnalyticalModel | SimulatedModel,
+    settings: Settings,
+) -> list[str]:
+    """Return what a dry run shows."""
+    estimates = {job.gemm: job.cycles for job in jobs}
+    timed = timed_layers(plans, estimates, settings.time_unit, settings.clock_mhz)
+    warn_of_rounding(all_rows(timed), settings.time_unit, settings.clock_mhz)
+    unit = f"estimated {settings.time_unit}"
+    lines = result_table(timed, unit, settings.parallel == CUSTOMIZED)
+    lines.append(f"dry run: {len(plans)} layers, {len(jobs)} distinct GEMMs, nothing written")
+    return lines + model.forecast(jobs)
+
+
+def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
+    """Make folders; refuse now what could not be written after hours, or would harm another file.
+
+    UserError for an output that is a folder, an input, another output or a file of the run folder.
+    """
+    if settings.chakra_et:
+        chakra_messages()
+    outputs = [(settings.run_folder / name, "a file of the run folder") for name in run_files]
+    outputs.append((settings.output_file, "--output_file"))
+    if settings.summary_csv:
+        check_summary(settings.summary_csv)
+        outputs.append((settings.summary_csv, "--summary_csv"))
+    outputs += [(path, "a trace") for path in trace_files(settings)]
+    uses = {settings.mnk.resolve(): "--mnk"}
+    if settings.scalesim_config:
+        uses[settings.scalesim_config.resolve()] = "--scalesim_config"
+    for path, use in outputs:
+        target = path.resolve()
+        if target.is_dir():
+            raise UserError(f"{path} is a folder, expected a file to write")
+        if target in uses and not is_device(target):
+            raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
+        uses[target] = use
+    for path, _ in outputs:
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for needed in (target.parent, target):
+            if needed.exists() and not os.access(needed, os.W_OK):
+                raise UserError(f"{needed}: no permission to write")
+
+
+def check_summary(path: Path) -> None:
+    """Refuse a summary with other columns."""
+    if not path.exists():
+        return
+    if is_device(path):
+        raise UserError(f"{path}: expected a regular file as --summary_csv")
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        header = file.readline(10_000)
+    if header and header != csv_text([SUMMARY_COLUMNS]):
+        raise UserError(
+            f"{path}:1: header {shown(header)}, expected the columns of a summary;"
+            " give another file, or rename this one"
+        )
+
+
+def is_device(path: Path) -> bool:
+    """Say whether a path is a pipe, a terminal or the like, which is written to where it is."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def trace_files(settings: Settings) -> list[Path]:
+    """Return the traces that this run writes."""
+    prefix = settings.chakra_et
+    if not prefix:
+        return []
+    return [prefix.with_name(f"{prefix.name}.{npu}.et") for npu in range(settings.num_npus)]
+
+
+def publish(settings: Settings, text: str, trace: bytes, summary: str) -> None:
+    """Put the results in place, the workload file last; after an error all is as it was."""
+    with (
+        staged_traces(trace_files(settings), trace) as traces,
+        staged_file(settings.output_file, text) as workload,
+        appended(settings.summary_csv, csv_text([SUMMARY_COLUMNS]), summary),
+        signals_held(),
+    ):
+        replace_files(traces)
+        replace_files(workload)
+
+
+@contextmanager
+def staged_traces(targets: list[Path], trace: bytes) -> Iterator[dict[Path, Path]]:
+    """Give the finished files to put in the traces' places; on disk once, where that can be."""
+    if not targets:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix=".", dir=targets[0].parent) as name:
+        staged = {target: Path(name, target.name) for target in targets}
+        first, *others = staged.values()
+        first.write_bytes(trace)
+        linked = first
+        for file in others:
+            try:
+                os.link(linked, file)
+            except OSError:  # no links here, or no more of this file
+                shutil.copyfile(linked, file)
+                linked = file
+        yield staged
+
+
+@contextmanager
+def appended(path: Path | None, header: str, line: str) -> Iterator[None]:
+    """Append a line to a file, also beside other runs; after an error the file is as it was."""
+    if not path:
+        yield
+        return
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        text = line if size else header + line
+        try:
+            with names_file(path):
+                file.write(text.encode("utf-8", "surrogateescape"))
+                file.flush()
+            yield
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM, so that results are replaced all or not at all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        if {"--help", "-h"} & {*argv}:
-            own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])  # in order
-            print_results([__doc__ or "", *(f"  --{flag.name}={flag.default}\n      {flag.help}" for flag in own)])
-        elif rest := flags.FLAGS(list(argv))[1:]:
-            raise UserError(f"unexpected argument {rest[0]!a:.60}, expected --name=value")
-        else:
-            generate(Settings.from_flags())
-        return 0
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- The command line
+
+PATH_FLAGS = (
+    "mnk",
+    "output_file",
+    "scalesim_path",
+    "scalesim_config",
+    "cache_dir",
+    "chakra_et",
+    "summary_csv",
+)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def read_flags() -> Settings:
+    """Return the parsed flags; warn of those without effect."""
+    given = flags.FLAGS
+    values: dict[str, Any] = {}
+    for name in Settings._fields:
+        if name in given:
+            values[name] = given[name].value
+    for name in PATH_FLAGS:
+        values[name] = absolute_path(values[name])
+    if given.cycle_model == "analytical":
+        for name in ("scalesim_path", "dask_scheduler", "jobs"):
+            if given[name].present:
+                warn(f"--{name} has no effect with --cycle_model=analytical")
+    if given["num_passes"].present and not given.chakra_et:
+        warn("--num_passes has no effect without --chakra_et")
+    values["jobs"] = given.jobs or available_cpus()
+    run_name = given.run_name or values["mnk"].stem
+    values["run_folder"] = Path("outputs", given.parallel, run_name).absolute()
+    return Settings(**values)
+
+
+def absolute_path(text: str) -> Path | None:
+    """Return a path that may begin with ~; None where there is none."""
+    if "\0" in text:
+        raise UserError(f"path {shown(text)}, expected one without a NUL character")
+    return Path(os.path.expanduser(text)).absolute() if text else None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run with the parsed flags; return the exit status."""
+    try:
+        if argv[1:]:
+            raise UserError(f"unexpected argument {shown(argv[1])}, expected --name=value")
+        generate(read_flags())
+    except UserError as error:
+        message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        message += "; fewer --jobs may help" if error.errno == errno.EMFILE else ""
-    except (flags.Error, ValueError, RuntimeError) as error:
-        message = str(error)
+        if error.errno == errno.EMFILE:
+            message += "; fewer --jobs may help"
+    else:
+        return 0
     print_message("error", message)
     return 1
 
 
-def main() -> int:
-    """Run with the command line; return the exit status, or end by the signal that came."""
-    handled = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+def command_line() -> None:
+    """Run, and end by the signal that stopped it: a shell's loop goes on after a mere status."""
+    handled = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
 
     def handle(handler: Any) -> None:
-        for each in handled:
-            signal.signal(each, handler)
+        for number in handled:
+            signal.signal(number, handler)
 
     def interrupt(number: int, _: object) -> None:
-        handle(signal.SIG_IGN)  # not to disturb the cleaning up
+        handle(signal.SIG_IGN)  # a second one must not disturb the cleaning up
         raise KeyboardInterrupt(number)
 
+    handle(interrupt)
     try:
-        handle(interrupt)
-        status = run(sys.argv)
+        app.run(main)
+    except KeyboardInterrupt as interrupted:
         handle(signal.SIG_DFL)
-        return status
-    except KeyboardInterrupt as stop:
+        signal.raise_signal(interrupted.args[0])
+    except UnicodeDecodeError as error:
+        sys.exit(f"error: --flagfile: {error}")
+    finally:
         handle(signal.SIG_DFL)
-        signal.raise_signal(stop.args[0])  # a shell's loop goes on after a mere 130
-        return 130  # of process 1, which survives this
+
+
+# --- Helpers: messages, numbers, files
+
+
+class UserError(Exception):
+    """What the user can mend, in one line."""
+
+
+def print_message(kind: str, message: str) -> None:
+    """Print one line to stderr, if anybody can read it."""
+    with suppress(OSError, ValueError):
+        tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+
+
+warn = partial(print_message, "warning")
+
+
+def print_results(lines: Iterable[str]) -> None:
+    """Print to stdout; a closed pipe is no error."""
+    if sys.stdout is None:
+        return
+    text = "\n".join(lines)
+    try:
+        text.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
+    except UnicodeEncodeError:
+        text = text.replace("×", "x").encode("ascii", "backslashreplace").decode()
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown(text: str) -> str:
+    """Return a text of the user's for a message: quoted, ASCII, at most 60 characters."""
+    return f"{text!a:.60}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return what may have been meant; empty where nothing is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def whole_number(text: str) -> int | None:
+    """Return what up to 30 digits say; None for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,30}", text) else None
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write texts into a folder, which is made; each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with staged_file(folder / name, text) as staged:
+            replace_files(staged)
+
+
+@contextmanager
+def staged_file(path: Path, text: str) -> Iterator[dict[Path, Path]]:
+    """Give the finished file to put in a path's place; a device is written to at once."""
+    if is_device(path):
+        with names_file(path):
+            path.write_bytes(text.encode())
+        yield {}
+        return
+    target = path.resolve()  # a link stays a link
+    part = target.with_name(f".{os.urandom(8).hex()}.part")
+    try:
+        with names_file(path):
+            part.write_bytes(text.encode())
+            if target.exists():
+                shutil.copymode(target, part)
+        yield {target: part}
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replace_files(staged: dict[Path, Path]) -> None:
+    """Put finished files into their places."""
+    for target, file in staged.items():
+        with names_file(target):
+            os.replace(file, target)
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Have an error name this file: a full disk's names none, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

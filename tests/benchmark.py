@@ -29,19 +29,26 @@ EXAMPLE_ONLY = flags.DEFINE_bool("example_only", False, "Leave the sweep out.")
 
 Point = tuple[int, int, str]  # NPUs, packages, strategy
 EXAMPLE: list[Point] = [(16, 2, "DATA")]
-SWEEP: list[Point] = [(n, min(n, 2), strategy) for n in (1, 2, 4, 8, 16, 32, 64) for strategy in helpers.PLAIN]
+SWEEP: list[Point] = [
+    (n, min(n, 2), strategy) for n in (1, 2, 4, 8, 16, 32, 64) for strategy in helpers.PLAIN
+]
 
 
 def plan_of(point: Point) -> tool.Plan:
     """Return the plan of the example at a point."""
     npus, packages, strategy = point
     chosen = helpers.settings(Path("/"), num_npus=npus, num_packages=packages, parallel=strategy)
-    return [(layer, helpers.shards_of(layer, chosen)) for layer in tool.read_layers(chosen.mnk, strategy, 1)]
+    return [
+        (layer, helpers.shards_of(layer, chosen))
+        for layer in tool.read_layers(chosen.mnk, strategy, 1)
+    ]
 
 
 def gemms_of(points: list[Point]) -> Counter[tool.Gemm]:
     """Return how often each distinct GEMM occurs over all layers and passes of these points."""
-    return Counter(shard.gemm for point in points for _, shards in plan_of(point) for shard in shards)
+    return Counter(
+        shard.gemm for point in points for _, shards in plan_of(point) for shard in shards
+    )
 
 
 def scalesim() -> tool.ScaleSim:
@@ -62,12 +69,21 @@ def original(points: list[Point], folder: Path) -> float:
         for index, name in enumerate(("fwd_pass.csv", "inp_grad.csv", "weight_grad.csv")):
             rows = [(layer.name, shards[index].gemm) for layer, shards in plan]
             (folder / name).write_text(tool.topology(rows))
-            command = [sys.executable, f"{found.folder}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
+            command = [
+                sys.executable,
+                f"{found.folder}/scalesim/scale.py",
+                "-c",
+                f"{folder}/gemm.cfg",
+            ]
             command += ["-t", f"{folder}/{name}", "-p", f"{folder}/out"]
             command += ["-l", f"{folder}/layout.csv"] if found.version == 3 else []
             began = time.perf_counter()
             subprocess.run(
-                command, cwd=folder, env={**os.environ, "PYTHONPATH": found.folder}, check=True, capture_output=True
+                command,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": found.folder},
+                check=True,
+                capture_output=True,
             )
             seconds += time.perf_counter() - began
             (report,) = (folder / "out").rglob("COMPUTE_REPORT.csv")
@@ -92,12 +108,25 @@ def run_all(points: list[Point], folder: Path, *more: str) -> tuple[float, float
     began = time.perf_counter()
     for npus, packages, strategy in points:
         own = [f"--num_npus={npus}", f"--num_packages={packages}", f"--parallel={strategy}"]
-        own += [f"--scalesim_path={flags.FLAGS.scalesim_path and Path(flags.FLAGS.scalesim_path).absolute()}"]
+        own += [
+            f"--scalesim_path={flags.FLAGS.scalesim_path and Path(flags.FLAGS.scalesim_path).absolute()}"
+        ]
         command = [sys.executable, str(helpers.SCRIPT), *own, f"--cache_dir={folder}/cache", *more]
-        running = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while running.poll() is None:
             status = Path(f"/proc/{running.pid}/status").read_text()
-            peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
+            peak = max(
+                [
+                    peak,
+                    *(
+                        int(line.split()[1])
+                        for line in status.splitlines()
+                        if line.startswith("VmHWM")
+                    ),
+                ]
+            )
             time.sleep(0.02)
         assert running.returncode == 0
     return time.perf_counter() - began, peak / 1024
@@ -124,7 +153,12 @@ def measure(name: str, points: list[Point]) -> str:
         warm, _ = run_all(points, Path(folder))
         analytical, _ = run_all(points, Path(folder), "--cycle_model=analytical")
     start = bare_start() * len(points)
-    cells = [f"{count.total()} / {len(count)}", f"{before:.1f} s", f"{before / cold:.1f} x", f"{cold / limit:.2f}"]
+    cells = [
+        f"{count.total()} / {len(count)}",
+        f"{before:.1f} s",
+        f"{before / cold:.1f} x",
+        f"{cold / limit:.2f}",
+    ]
     cells += [
         f"{before / warm:,.0f} x",
         f"{warm / start:.1f}",
@@ -136,7 +170,14 @@ def measure(name: str, points: list[Point]) -> str:
 
 def main(_: list[str]) -> None:
     """Print the table, as Markdown."""
-    titles = ["", "GEMMs / distinct", "original's way", "cold is faster by", "cold over its limit", "warm is faster by"]
+    titles = [
+        "",
+        "GEMMs / distinct",
+        "original's way",
+        "cold is faster by",
+        "cold over its limit",
+        "warm is faster by",
+    ]
     titles += ["warm over a bare start", "analytical is faster by", "driver's peak"]
     print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     print(measure("example", EXAMPLE), flush=True)

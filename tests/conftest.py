@@ -20,7 +20,15 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def install(version: str) -> Path:
         if version not in folders:
             folder = tmp_path_factory.mktemp("scalesim") / version
-            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--disable-pip-version-check",
+            ]
             subprocess.run([*command, "--target", str(folder), f"scalesim=={version}"], check=True)
             folders[version] = folder
         return folders[version]

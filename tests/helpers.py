@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
+
 import gen_astrasim_workload_input as tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,16 +49,20 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
 
 def layer_of(name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
     """Return a layer that is a GEMM."""
-    return tool.Layer(name, m, n, k, strategy, m * k)
+    return tool.Layer(name, "t.csv:2", strategy, m, n, k, input_elements=m * k, minibatch=None)
 
 
 def seen_on_a_terminal(folder: Path, *flags: str) -> str:
     """Run the script with stderr on a terminal; return what is written there."""
     main_end, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # tqdm shows none on 0 columns
+    fcntl.ioctl(
+        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0)
+    )  # tqdm shows none on 0 columns
     command = [sys.executable, str(SCRIPT), *flags]
     seen = b""
-    with subprocess.Popen(command, cwd=folder, stderr=terminal, stdout=subprocess.DEVNULL) as running:
+    with subprocess.Popen(
+        command, cwd=folder, stderr=terminal, stdout=subprocess.DEVNULL
+    ) as running:
         os.close(terminal)
         with suppress(OSError):  # the terminal's end
             while chunk := os.read(main_end, 1000):
@@ -66,37 +72,22 @@ def seen_on_a_terminal(folder: Path, *flags: str) -> str:
     return seen.decode()
 
 
-def shards_of(layer: tool.Layer, chosen: tool.Settings) -> list[tool.PassShard]:
-    """Partition a layer by these settings."""
-    network = (chosen.num_npus // chosen.num_packages, chosen.num_packages)
-    return tool.shard(layer, network, chosen.datatype_size, chosen.shard_rounding)
-
-
 def settings(folder: Path, **changes: Any) -> tool.Settings:
-    """Return settings as the flags' defaults give them, but analytical, without a cache, and in `folder`."""
-    values: dict[str, Any] = {
-        "mnk": MNK_INPUTS / "example.csv",
-        "parallel": "DATA",
+    """Return settings as the flags' defaults give them, but analytical, without a cache, of 16 NPUs in 2 packages."""
+    values: dict[str, Any] = {}
+    for name in tool.Settings._fields:
+        if name in flags.FLAGS:
+            values[name] = flags.FLAGS[name].default
+            if name in tool.PATH_FLAGS:
+                values[name] = tool.absolute_path(values[name])
+    values |= {
         "num_npus": 16,
         "num_packages": 2,
-        "datatype_size": 2,
-        "minibatch": 1,
-        "output_file": folder / "workload.txt",
-        "run_folder": folder / "outputs" / "run",
-        "scalesim_path": None,
-        "scalesim_config": None,
         "cycle_model": "analytical",
         "jobs": 2,
         "cache_dir": None,
-        "shard_rounding": "up",
-        "update_time": 100,
-        "time_unit": "cycles",
-        "clock_mhz": None,
-        "chakra_et": None,
-        "num_passes": 1,
-        "summary_csv": None,
-        "dry_run": False,
-        "dask_scheduler": "",
+        "output_file": folder / "workload.txt",
+        "run_folder": folder / "outputs" / "run",
     }
     return tool.Settings(**{**values, **changes})
 
@@ -104,7 +95,9 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
 def is_one_error_line(result: Run) -> bool:
     """Say whether a run ended as bad input must end: status 1, nothing on stdout, one error line after any warnings."""
     lines = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
-    return result.status == 1 and len(lines) == 1 and lines[0].startswith("error: ") and not result.out
+    return (
+        result.status == 1 and len(lines) == 1 and lines[0].startswith("error: ") and not result.out
+    )
 
 
 class AstraLayer(NamedTuple):
@@ -173,7 +166,9 @@ def fake_v2(folder: Path, body: str) -> Path:
         "    def run_scale(self, top_path='.'):\n"
         "        def report(text):\n"
         "            os.makedirs(top_path + '/gemm', exist_ok=True)\n"
-        "            open(top_path + '/gemm/COMPUTE_REPORT.csv', 'w').write(text)\n" + indented + "\n"
+        "            open(top_path + '/gemm/COMPUTE_REPORT.csv', 'w').write(text)\n"
+        + indented
+        + "\n"
     )
     return folder
 
@@ -184,7 +179,9 @@ GOOD_REPORT = "report(HEADER + '0, 321, 0, 1.5,\\n')"
 def fake_v1(folder: Path) -> Path:
     """Make a stand-in with SCALE-Sim v1's command line, files and shell commands; its cycles are M + 2 K + 3 N."""
     folder.mkdir(parents=True)
-    (folder / "run_nets.py").write_text("def row(path):\n    return open(path).read().splitlines()[1].split(',')\n")
+    (folder / "run_nets.py").write_text(
+        "def row(path):\n    return open(path).read().splitlines()[1].split(',')\n"
+    )
     (folder / "scale.py").write_text(
         "import configparser, os, sys\n"
         "import run_nets\n"

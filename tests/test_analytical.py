@@ -23,7 +23,9 @@ ARRAYS = st.sampled_from([(4, 4), (16, 8), (8, 16), (2, 32), (5, 3), (32, 32)])
 EXAMPLES = int(os.environ.get("SIMULATED_EXAMPLES", "12"))
 
 
-def architecture(folder: Path, array: tuple[int, int], dataflow: str, mode: str) -> tool.Architecture:
+def architecture(
+    folder: Path, array: tuple[int, int], dataflow: str, mode: str
+) -> tool.Architecture:
     text = tool.BUILT_IN_CONFIG.replace("Height: 256", f"Height: {array[0]}").replace(
         "Width: 256", f"Width: {array[1]}"
     )
@@ -38,7 +40,12 @@ def test_equal_to_scalesim(mode: str, version: str, release: Callable[[str], Pat
     """Total Cycles under CALC, Total Cycles less Stall Cycles under USER, whatever the shape, array and dataflow."""
     path = None if version == "installed" else release(version)
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.builds(tool.Gemm, SIZES, SIZES, SIZES), ARRAYS, st.sampled_from(["os", "ws", "is"]))
     def check(gemm: tool.Gemm, array: tuple[int, int], dataflow: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +53,14 @@ def test_equal_to_scalesim(mode: str, version: str, release: Callable[[str], Pat
         scalesim = tool.find_scalesim(path, chosen.scalesim_text)
         status, _, files = tool.simulate(scalesim, gemm)
         assert status == 0, files
-        header, row, *_ = csv.reader(io.StringIO(files["COMPUTE_REPORT.csv"]), skipinitialspace=True)
+        header, row, *_ = csv.reader(
+            io.StringIO(files["COMPUTE_REPORT.csv"]), skipinitialspace=True
+        )
         stalls = int(float(row[header.index("Stall Cycles")])) if mode == "USER" else 0
-        assert tool.reported_cycles(files, scalesim.version) == tool.estimated_cycles(gemm, chosen) + stalls
+        assert (
+            tool.reported_cycles(files, scalesim.version)
+            == tool.estimated_cycles(gemm, chosen) + stalls
+        )
 
     check()
 
@@ -69,10 +81,19 @@ def test_by_hand(array: tuple[int, int], dataflow: str, expected: int, tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        pytest.param("Height: 256", "Height: 8,64", "are ['8,64', '256', 'ws'], expected", id="range"),
+        pytest.param(
+            "Height: 256", "Height: 8,64", "are ['8,64', '256', 'ws'], expected", id="range"
+        ),
         pytest.param("Width: 256", "Width: 0", "are ['256', '0', 'ws'], expected", id="no columns"),
-        pytest.param("Support: false", "Support: True", "SparsitySupport is true, expected false, or", id="sparsity"),
-        pytest.param("Dataflow: ws", "Dataflow: rs", "are ['256', '256', 'rs'], expected", id="dataflow"),
+        pytest.param(
+            "Support: false",
+            "Support: True",
+            "SparsitySupport is true, expected false, or",
+            id="sparsity",
+        ),
+        pytest.param(
+            "Dataflow: ws", "Dataflow: rs", "are ['256', '256', 'rs'], expected", id="dataflow"
+        ),
     ],
 )
 def test_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -95,11 +116,23 @@ def test_a_lower_bound_is_warned_of(tmp_path: Path) -> None:
 
 def test_it_needs_only_the_array_and_no_scalesim(tmp_path: Path) -> None:
     """Python itself is told that there is no scalesim, numpy, pandas or Dask."""
-    (tmp_path / "c.cfg").write_text("[architecture_presets]\nArrayHeight: 16\nArrayWidth: 8\nDataflow: os\n")
+    (tmp_path / "c.cfg").write_text(
+        "[architecture_presets]\nArrayHeight: 16\nArrayWidth: 8\nDataflow: os\n"
+    )
     table = write_table(tmp_path / "t.csv", "a,20,30,40")
     hidden = "import sys, runpy; sys.modules.update(dict.fromkeys(['scalesim', 'numpy', 'pandas', 'distributed']));"
     hidden += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    flags = [f"--mnk={table}", "--cycle_model=analytical", "--scalesim_config=c.cfg", "--num_npus=1"]
-    subprocess.run([sys.executable, "-c", hidden, str(SCRIPT), *flags], cwd=tmp_path, check=True, capture_output=True)
+    flags = [
+        f"--mnk={table}",
+        "--cycle_model=analytical",
+        "--scalesim_config=c.cfg",
+        "--num_npus=1",
+    ]
+    subprocess.run(
+        [sys.executable, "-c", hidden, str(SCRIPT), *flags],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     assert (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")[2] == "495"
     assert (tmp_path / "outputs/DATA/t/cycle_model.txt").read_text() == "analytical\n"

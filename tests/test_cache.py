@@ -58,7 +58,12 @@ def gone(folder: Path, within: float = 3) -> bool:
 def base(tmp_path: Path) -> list[str]:
     table = write_table(tmp_path / "t.csv", *ROWS)
     fake = fake_v2(tmp_path / "fake", SLOW.format(seconds=0.1))
-    return [f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=2", f"--cache_dir={tmp_path}/cache"]
+    return [
+        f"--mnk={table}",
+        f"--scalesim_path={fake}",
+        "--num_npus=2",
+        f"--cache_dir={tmp_path}/cache",
+    ]
 
 
 def test_the_same_file_however_it_comes_about(tmp_path: Path, base: list[str]) -> None:
@@ -74,9 +79,15 @@ def test_the_same_file_however_it_comes_about(tmp_path: Path, base: list[str]) -
     assert simulated(half.out) == 6
     off = run(tmp_path, *base[:-1], "--cache_dir=", "--jobs=2", "--output_file=off.txt")
     assert simulated(off.out) == 12
-    assert {(tmp_path / name).read_bytes() for name in ("workload.txt", "half.txt", "off.txt")} == {expected}
+    assert {(tmp_path / name).read_bytes() for name in ("workload.txt", "half.txt", "off.txt")} == {
+        expected
+    }
     cold_files, warm_files = (
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         for folder in (tmp_path / "outputs/DATA/t", tmp_path / "outputs/DATA/warm")
     )
     assert cold_files == warm_files
@@ -95,9 +106,13 @@ def test_1000_layers_of_4_shapes_cost_12_simulations(tmp_path: Path, base: list[
 def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path, base: list[str]) -> None:
     assert simulated(run(tmp_path, *base).out) == 12
     config = tool.BUILT_IN_CONFIG
-    (tmp_path / "same.cfg").write_text(f"# a comment\n{config}".replace("run_name = gemm", "run_name :  'other'"))
+    (tmp_path / "same.cfg").write_text(
+        f"# a comment\n{config}".replace("run_name = gemm", "run_name :  'other'")
+    )
     assert simulated(run(tmp_path, *base, "--scalesim_config=same.cfg").out) == 0
-    (tmp_path / "other.cfg").write_text(config.replace("IfmapSramSzkB: 6144", "IfmapSramSzkB: 6143"))
+    (tmp_path / "other.cfg").write_text(
+        config.replace("IfmapSramSzkB: 6144", "IfmapSramSzkB: 6143")
+    )
     assert simulated(run(tmp_path, *base, "--scalesim_config=other.cfg").out) == 12
     fake_v2(tmp_path / "more", SLOW.format(seconds=0))
     assert simulated(run(tmp_path, *base, f"--scalesim_path={tmp_path}/more").out) == 12
@@ -159,7 +174,9 @@ def test_an_entry_is_believed_only_for_its_own_gemm(tmp_path: Path, base: list[s
 
 
 @pytest.mark.parametrize("kind", ["file", "no folder may be made"])
-def test_without_a_usable_cache_it_goes_on_with_a_warning(kind: str, tmp_path: Path, base: list[str]) -> None:
+def test_without_a_usable_cache_it_goes_on_with_a_warning(
+    kind: str, tmp_path: Path, base: list[str]
+) -> None:
     cache = tmp_path / "taken"
     cache.write_text("")
     target = cache if kind == "file" else cache / "deeper"
@@ -177,7 +194,9 @@ def test_without_a_usable_cache_it_goes_on_with_a_warning(kind: str, tmp_path: P
         ({"HOME": "{}/home"}, ["--cache_dir=~/mine"], "home/mine"),
     ],
 )
-def test_where_the_cache_is(env: dict[str, str], flags: list[str], where: str, tmp_path: Path, base: list[str]) -> None:
+def test_where_the_cache_is(
+    env: dict[str, str], flags: list[str], where: str, tmp_path: Path, base: list[str]
+) -> None:
     env = {name: value.format(tmp_path) for name, value in env.items()}
     assert run(tmp_path, *base[:-1], *flags, env=env, cache=True).status == 0
     assert len(entries(tmp_path / where)) == 12
@@ -228,18 +247,30 @@ def test_interrupted(sent: signal.Signals, tmp_path: Path, base: list[str]) -> N
     assert processes(fake) == []
     kept = len(entries(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache").iterdir()
-    assert said == f"interrupted: {kept} of 12 GEMMs are finished, cached in {folder}\n"
+    assert said == f"interrupted: {kept} of 12 GEMMs are finished, cache: {folder}\n"
     assert (tmp_path / "workload.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("flag", ["--num_npus=2", "--mnk=missing.csv"])
-def test_a_signal_after_the_end_is_not_swallowed(sent: signal.Signals, flag: str, tmp_path: Path) -> None:
+def test_a_signal_after_the_end_is_not_swallowed(
+    sent: signal.Signals, flag: str, tmp_path: Path
+) -> None:
     """Neither after the work nor after an error: sent here when Python is being taken down."""
     program = "import atexit, os, runpy, sys; sys.argv.pop(0); sent = int(sys.argv.pop(0))\n"
     program += "atexit.register(lambda: os.kill(os.getpid(), sent)); runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", program, str(int(sent)), str(SCRIPT), "--cycle_model=analytical", flag]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_ctrl_c)
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        str(int(sent)),
+        str(SCRIPT),
+        "--cycle_model=analytical",
+        flag,
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heed_ctrl_c
+    )
     assert done.returncode == -sent
     assert "Traceback" not in done.stderr
     assert (tmp_path / "workload.txt").exists() == (flag == "--num_npus=2")
@@ -249,9 +280,21 @@ def test_ctrl_c_ends_a_shells_loop(tmp_path: Path, base: list[str]) -> None:
     """Bash goes on with its loop after a mere status of 130: it looks for a death by the signal, as from a terminal."""
     fake = fake_v2(tmp_path / "slow", SLOW.format(seconds="0.1 if n < 9 else 600"))
     loop = 'for i in 1 2 3; do "$@"; echo "point $i: $?"; done'
-    command = ["bash", "-c", loop, "bash", sys.executable, str(SCRIPT), *base, f"--scalesim_path={fake}", "--jobs=3"]
+    command = [
+        "bash",
+        "-c",
+        loop,
+        "bash",
+        sys.executable,
+        str(SCRIPT),
+        *base,
+        f"--scalesim_path={fake}",
+        "--jobs=3",
+    ]
     pipe = subprocess.PIPE
-    running = subprocess.Popen(command, cwd=tmp_path, preexec_fn=to_itself, stdout=pipe, stderr=pipe, text=True)
+    running = subprocess.Popen(
+        command, cwd=tmp_path, preexec_fn=to_itself, stdout=pipe, stderr=pipe, text=True
+    )
     wait_for(2, tmp_path / "cache", fake)
     os.killpg(running.pid, signal.SIGINT)
     out, said = running.communicate(timeout=60)
@@ -261,7 +304,10 @@ def test_ctrl_c_ends_a_shells_loop(tmp_path: Path, base: list[str]) -> None:
 
 
 def test_a_failure_ends_the_others_at_once(tmp_path: Path, base: list[str]) -> None:
-    fake = fake_v2(tmp_path / "slow", "time.sleep(0.5 if ',32,' in open('gemm.csv').read() else 600)\nsys.exit(1)")
+    fake = fake_v2(
+        tmp_path / "slow",
+        "time.sleep(0.5 if ',32,' in open('gemm.csv').read() else 600)\nsys.exit(1)",
+    )
     write_table(tmp_path / "t.csv", "bad,64,20,32", "b,64,22,30")
     began = time.monotonic()
     result = run(tmp_path, *base, f"--scalesim_path={fake}", "--jobs=6")
@@ -297,7 +343,9 @@ def test_no_simulation_outlives_a_killed_run(tmp_path: Path, base: list[str]) ->
     fake = fake_v2(tmp_path / "slow", SLOW.format(seconds=600))
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    running = start(tmp_path, *base, f"--scalesim_path={fake}", "--jobs=2", env={"TMPDIR": str(temporary)})
+    running = start(
+        tmp_path, *base, f"--scalesim_path={fake}", "--jobs=2", env={"TMPDIR": str(temporary)}
+    )
     end = time.monotonic() + 60
     while len(processes(fake)) < 2:
         assert running.poll() is None
@@ -314,7 +362,14 @@ def test_no_simulation_outlives_a_killed_run(tmp_path: Path, base: list[str]) ->
 def test_no_more_begins_than_fits_in_memory() -> None:
     jobs = [
         tool.Job(tool.Gemm(1, 1, size), "layer x, forward pass", cycles, memory, 1.0)
-        for size, cycles, memory in ((1, 90, 500), (2, 80, 60), (3, 70, 60), (4, 60, 30), (5, 50, 30), (6, 40, 10))
+        for size, cycles, memory in (
+            (1, 90, 500),
+            (2, 80, 60),
+            (3, 70, 60),
+            (4, 60, 30),
+            (5, 50, 30),
+            (6, 40, 10),
+        )
     ]
     began: list[int] = []
     now: list[int] = []
@@ -342,7 +397,16 @@ def test_no_more_begins_than_fits_in_memory() -> None:
 
 
 def test_no_descriptors_left(tmp_path: Path, base: list[str]) -> None:
-    command = ["bash", "-c", 'ulimit -n 24 && exec "$@"', "bash", sys.executable, str(SCRIPT), *base, "--jobs=12"]
+    command = [
+        "bash",
+        "-c",
+        'ulimit -n 24 && exec "$@"',
+        "bash",
+        sys.executable,
+        str(SCRIPT),
+        *base,
+        "--jobs=12",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert done.stderr.endswith("Too many open files; fewer --jobs may help\n")
@@ -398,8 +462,18 @@ STAT = {2: "anon 1000\nfile 5000\n", 1: "cache 5000\nrss 7\ntotal_cache 5000\nto
         ("0::/a/b\n", 2, {"a": "9000"}, 8000),  # b has no memory.max: it hides nothing above it
         ("0::/a/b\n", 2, {"a/b": "9000", "a": "6000"}, 5000),
         ("0::/a\n", 2, {"a": "500"}, 0),
-        ("4:cpu,cpuacct:/a\n9:memory:/a/b\n0::/\n", 1, {"memory/a/b": "9223372036854771712", "memory/a": "9000"}, 8000),
-        ("9:memory:/docker/x\n", 1, {"memory": "9000"}, 8000),  # in a container, whose own group is its root
+        (
+            "4:cpu,cpuacct:/a\n9:memory:/a/b\n0::/\n",
+            1,
+            {"memory/a/b": "9223372036854771712", "memory/a": "9000"},
+            8000,
+        ),
+        (
+            "9:memory:/docker/x\n",
+            1,
+            {"memory": "9000"},
+            8000,
+        ),  # in a container, whose own group is its root
         ("9:memory:/a\n", 1, {}, None),
         ("0::/a/b\n", 2, {"a/b": "max"}, None),
     ],
@@ -410,7 +484,13 @@ def test_available_memory_heeds_every_control_group(
     write(groups / "own", own)
     unlimited = tool.available_memory()
     for folder, limit in limits.items():
-        write(groups / "cgroup" / folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"), limit + "\n")
+        write(
+            groups
+            / "cgroup"
+            / folder
+            / ("memory.max" if version == 2 else "memory.limit_in_bytes"),
+            limit + "\n",
+        )
         write(groups / "cgroup" / folder / "memory.stat", STAT[version])
     if expected is None:
         assert tool.available_memory() > unlimited / 2 > 10**6
@@ -428,13 +508,21 @@ def test_available_memory_heeds_every_control_group(
             {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000", "cpu,cpuacct/a/cpu.cfs_period_us": "50000"},
             1,
         ),
-        ("4:cpu,cpuacct:/a\n", {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1", "cpu,cpuacct/a/cpu.cfs_period_us": "5"}, None),
+        (
+            "4:cpu,cpuacct:/a\n",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1", "cpu,cpuacct/a/cpu.cfs_period_us": "5"},
+            None,
+        ),
         ("0::/a\n", {"a/cpu.max": "max 100000"}, None),
         ("0::/a\n", {"a/cpu.max": "150000 100000"}, 2),
     ],
 )
 def test_jobs_heed_the_quota_of_a_control_group(
-    own: str, files: dict[str, str], expected: int | None, groups: Path, monkeypatch: pytest.MonkeyPatch
+    own: str,
+    files: dict[str, str],
+    expected: int | None,
+    groups: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
     write(groups / "own", own)

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,14 +113,21 @@ message IOInfo {
 COMP_NODE, COMM_COLL_NODE = 4, 7
 COMM_TYPES = {"ALLREDUCE": 0, "ALLGATHER": 2, "REDUCESCATTER": 7}
 CPU_OP = {"is_cpu_op": "bool_val"}
-COLLECTIVE = {**CPU_OP, "comm_type": "int64_val", "comm_size": "int64_val", "involved_dim": "bool_list"}
+COLLECTIVE = {
+    **CPU_OP,
+    "comm_type": "int64_val",
+    "comm_size": "int64_val",
+    "involved_dim": "bool_list",
+}
 
 
 def official_messages() -> dict[str, Any]:
     """Return the classes of the official messages, by proto3's rules."""
     file = descriptor_pb2.FileDescriptorProto(name="et_def.proto", syntax="proto3")
     scalars = dict(descriptor_pb2.FieldDescriptorProto.Type.items())
-    for keyword, name, body in re.findall(r"(message|enum) (\w+) \{\n(.*?)\n\}", OFFICIAL, re.DOTALL):
+    for keyword, name, body in re.findall(
+        r"(message|enum) (\w+) \{\n(.*?)\n\}", OFFICIAL, re.DOTALL
+    ):
         if keyword == "enum":
             values = file.enum_type.add(name=name).value
             for value, number in re.findall(r"(\w+) = (\d+);", body):
@@ -130,8 +138,12 @@ def official_messages() -> dict[str, Any]:
         if oneof:
             message.oneof_decl.add(name="value")
         for lines, place in ((before_oneof, {}), (inside, {"oneof_index": 0})):
-            for repeated, kind, field, number in re.findall(r"(repeated )?(\w+) (\w+) = (\d+);", lines):
-                declared = message.field.add(name=field, number=int(number), label=3 if repeated else 1, **place)
+            for repeated, kind, field, number in re.findall(
+                r"(repeated )?(\w+) (\w+) = (\d+);", lines
+            ):
+                declared = message.field.add(
+                    name=field, number=int(number), label=3 if repeated else 1, **place
+                )
                 if f"TYPE_{kind.upper()}" in scalars:
                     declared.type = scalars[f"TYPE_{kind.upper()}"]
                 else:
@@ -167,7 +179,11 @@ def read_trace(path: Path) -> list[Node]:
     for message in iter(partial(parse_length_prefixed, MESSAGES["Node"], trace), None):
         for part in (metadata, message, *message.attr, *(each.bool_list for each in message.attr)):
             assert len(UnknownFieldSet(part)) == 0
-        assert (bool(message.name), list(message.ctrl_deps), message.start_time_micros) == (True, [], 0)
+        assert (bool(message.name), list(message.ctrl_deps), message.start_time_micros) == (
+            True,
+            [],
+            0,
+        )
         kinds = {each.name: each.WhichOneof("value") for each in message.attr}
         values = {each.name: getattr(each, kinds[each.name]) for each in message.attr}
         assert len(values) == len(message.attr)
@@ -183,7 +199,9 @@ def read_trace(path: Path) -> list[Node]:
         assert set(after) <= set(nodes), "a dependency points to an earlier node"
         assert len(set(after)) == len(after), "a dependency is listed once"
         assert message.id not in nodes
-        nodes[message.id] = Node(message.id, message.name, after, message.duration_micros, collective)
+        nodes[message.id] = Node(
+            message.id, message.name, after, message.duration_micros, collective
+        )
     return list(nodes.values())
 
 
@@ -209,7 +227,9 @@ def contents(nodes: list[Node]) -> tuple[Counter[int], Counter[Collective]]:
     return times, Counter(node.collective for node in nodes if node.collective)
 
 
-def expected_contents(text: str, npus: int, packages: int, num_passes: int) -> tuple[Counter[int], Counter[Collective]]:
+def expected_contents(
+    text: str, npus: int, packages: int, num_passes: int
+) -> tuple[Counter[int], Counter[Collective]]:
     """Return how often each compute time and each collective of a workload file is in its trace."""
     network = (npus // packages, packages)
     times: Counter[int] = Counter()
@@ -222,7 +242,9 @@ def expected_contents(text: str, npus: int, packages: int, num_passes: int) -> t
             if not (first_input_gradient and parallel == "DATA"):
                 times[time] += num_passes
             if math.prod(network[dimension] for dimension in span) > 1 and not first_input_gradient:
-                involved = tuple(dimension in span for dimension, members in enumerate(network) if members > 1)
+                involved = tuple(
+                    dimension in span for dimension, members in enumerate(network) if members > 1
+                )
                 collectives[Collective(COMM_TYPES[kind], size, involved)] += num_passes
     return times, collectives
 
@@ -356,7 +378,9 @@ def test_one_step_and_the_next_ones_forward_pass(parallel: str, graph: str, tmp_
     layers = write_layers(tmp_path, f"a,{TALL},MODEL", f"b,{WIDE},DATA")
     _, nodes = generate(tmp_path, **layers, parallel=parallel, num_passes=2)
     names = {node.id: node.name for node in nodes}
-    lines = [f"{node.name}: {', '.join(sorted(names[id] for id in node.after)) or '-'}" for node in nodes]
+    lines = [
+        f"{node.name}: {', '.join(sorted(names[id] for id in node.after)) or '-'}" for node in nodes
+    ]
     expected = graph.strip().splitlines()
     assert lines[: len(expected)] == expected
 
@@ -370,7 +394,9 @@ def play(nodes: list[Node], network: tuple[int, int]) -> int:
     while waiting or running:
         for node in sorted(node for node in waiting.values() if finished.issuperset(node.after)):
             if node.collective:
-                members = math.prod(size for size, involved in zip(sizes, node.collective.involved_dim) if involved)
+                members = math.prod(
+                    size for size, involved in zip(sizes, node.collective.involved_dim) if involved
+                )
                 heapq.heappush(running, (now + node.collective.comm_size + 10 * members, node.id))
             elif computing < 0:
                 computing = node.id
@@ -410,7 +436,13 @@ BY_HAND = [
     # forward a 108, 248, b 372, 632; backward b 756, its REDUCESCATTER 1016, beside it 866, its ALLREDUCE 1482;
     # a 1128, 1238, its ALLREDUCE 1374
     # second step: from 1374 on; b, at 1374 + 248, has no need to wait for 1482; 1374 + 1482
-    pytest.param("HYBRID_DATA_MODEL", [f"a,{TALL},DATA", f"b,{WIDE},DATA"], 1482, 2856, id="HYBRID_DATA_MODEL"),
+    pytest.param(
+        "HYBRID_DATA_MODEL",
+        [f"a,{TALL},DATA", f"b,{WIDE},DATA"],
+        1482,
+        2856,
+        id="HYBRID_DATA_MODEL",
+    ),
     # dp, mp = 2, 4; ALLGATHER and REDUCESCATTER over 4, ALLREDUCE over 2
     #     forward  ALLGATHER       input gradient  REDUCESCATTER   weight gradient  ALLREDUCE
     # a   108      120 + 40 = 160  106             -               120              48 + 20 = 68
@@ -418,16 +450,30 @@ BY_HAND = [
     # forward a 108, 268, b 392, 672; backward b 784, its REDUCESCATTER 1304, beside it 904, its ALLREDUCE 1212;
     # a 1410, 1530, its ALLREDUCE 1598
     # second step: from 1598 on, 2 x 1598
-    pytest.param("HYBRID_MODEL_DATA", [f"a,{TALL},DATA", f"b,{WIDE},DATA"], 1598, 3196, id="HYBRID_MODEL_DATA"),
+    pytest.param(
+        "HYBRID_MODEL_DATA",
+        [f"a,{TALL},DATA", f"b,{WIDE},DATA"],
+        1598,
+        3196,
+        id="HYBRID_MODEL_DATA",
+    ),
     # dp, mp = 4, 2 with the layers' sizes swapped: REDUCESCATTER of b is 80 + 20 = 100, less than its weight gradient
     # forward a 124, 384, b 492, 632; backward b 744, its REDUCESCATTER 844, beside it 854, its ALLREDUCE 990;
     # a 978, 1088, its ALLREDUCE 1704
     # second step: from 1704 on, 2 x 1704
-    pytest.param("HYBRID_DATA_MODEL", [f"a,{WIDE},DATA", f"b,{TALL},DATA"], 1704, 3408, id="short REDUCESCATTER"),
+    pytest.param(
+        "HYBRID_DATA_MODEL",
+        [f"a,{WIDE},DATA", f"b,{TALL},DATA"],
+        1704,
+        3408,
+        id="short REDUCESCATTER",
+    ),
     # a as under MODEL, b as under DATA, but its input gradient before its weight gradient
     # forward a 108, 308, b 432; backward b 580, 685, its ALLREDUCE 685 + 1232 = 1917; a 788, 928
     # second step, from 928 on: a 1036, 1236, b waits for 1917: 2041; backward b 2189, 2294, its ALLREDUCE 3526
-    pytest.param("HYBRID_CUSTOMIZED", [f"a,{TALL},MODEL", f"b,{WIDE},DATA"], 1917, 3526, id="MODEL, DATA"),
+    pytest.param(
+        "HYBRID_CUSTOMIZED", [f"a,{TALL},MODEL", f"b,{WIDE},DATA"], 1917, 3526, id="MODEL, DATA"
+    ),
     # a as under HYBRID_MODEL_DATA, b as under HYBRID_DATA_MODEL
     # forward a 108, 268, b 392, 652; backward b 776, its REDUCESCATTER 1036, beside it 886, its ALLREDUCE 1502;
     # a 1142, 1262, its ALLREDUCE 1330
@@ -443,29 +489,42 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("parallel", "layers", "one_step", "two_steps"), BY_HAND)
-def test_played_by_hand(parallel: str, layers: list[str], one_step: int, two_steps: int, tmp_path: Path) -> None:
+def test_played_by_hand(
+    parallel: str, layers: list[str], one_step: int, two_steps: int, tmp_path: Path
+) -> None:
     chosen = {**write_layers(tmp_path, *layers), "parallel": parallel}
-    ends = [play(generate(tmp_path, **chosen, num_passes=num_passes)[1], NETWORK) for num_passes in (1, 2)]
+    ends = [
+        play(generate(tmp_path, **chosen, num_passes=num_passes)[1], NETWORK)
+        for num_passes in (1, 2)
+    ]
     assert ends == [one_step, two_steps]
 
 
 # Sizes at which no collective comes to 0 bytes on up to 64 NPUs, and every time and size fits into 64 bits.
 SIZES = st.integers(8, 5000) | st.integers(8, 10**7)
-LAYERS = st.lists(st.tuples(NAMES, SIZES, SIZES, SIZES, st.sampled_from(PLAIN)), min_size=1, max_size=6)
+LAYERS = st.lists(
+    st.tuples(NAMES, SIZES, SIZES, SIZES, st.sampled_from(PLAIN)), min_size=1, max_size=6
+)
 NETWORKS = st.tuples(st.integers(1, 8), st.integers(1, 8))
 
 
 @MANY
 @given(LAYERS, PARALLEL, NETWORKS, st.integers(1, 3), st.sampled_from(["up", "down"]))
 def test_any_table_gives_a_trace_that_runs_to_its_end(
-    layers: list[tuple[str, int, int, int, str]], parallel: str, network: tuple[int, int], steps: int, rounding: str
+    layers: list[tuple[str, int, int, int, str]],
+    parallel: str,
+    network: tuple[int, int],
+    steps: int,
+    rounding: str,
 ) -> None:
     npus, packages = math.prod(network), network[1]
     system = {"num_npus": npus, "num_packages": packages, "shard_rounding": rounding}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "t.csv").write_bytes(table(layers, "plain"))
-        text, nodes = generate(folder, mnk=folder / "t.csv", parallel=parallel, num_passes=steps, **system)
+        text, nodes = generate(
+            folder, mnk=folder / "t.csv", parallel=parallel, num_passes=steps, **system
+        )
     assert contents(nodes) == expected_contents(text, npus, packages, steps)
     for node in nodes:
         if node.collective:
@@ -480,7 +539,10 @@ def test_any_table_gives_a_trace_that_runs_to_its_end(
 def state(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Return inode and bytes of what is here and below."""
     everything = (folder, *folder.rglob("*"))
-    return {str(path): (path.stat().st_ino, path.read_bytes() if path.is_file() else b"") for path in everything}
+    return {
+        str(path): (path.stat().st_ino, path.read_bytes() if path.is_file() else b"")
+        for path in everything
+    }
 
 
 def names(count: int, prefix: str = "x") -> set[str]:
@@ -493,12 +555,25 @@ def in_et(folder: Path) -> list[Path]:
 
 def test_the_command_line(tmp_path: Path) -> None:
     """In microseconds, relative to the current folder, parent folders made, links of one file as readable as any."""
-    flags = ["--time_unit=us", "--clock_mhz=700", "--num_passes=2", "--num_npus=16", "--num_packages=2"]
+    flags = [
+        "--time_unit=us",
+        "--clock_mhz=700",
+        "--num_passes=2",
+        "--num_npus=16",
+        "--num_packages=2",
+    ]
     result = run(
-        tmp_path, "--cycle_model=analytical", "--chakra_et=deep/et/v1.2", "--parallel=HYBRID_DATA_MODEL", *flags
+        tmp_path,
+        "--cycle_model=analytical",
+        "--chakra_et=deep/et/v1.2",
+        "--parallel=HYBRID_DATA_MODEL",
+        *flags,
     )
     assert result.status == 0
-    text, nodes = (tmp_path / "workload.txt").read_text(), read_trace(tmp_path / "deep/et/v1.2.3.et")
+    text, nodes = (
+        (tmp_path / "workload.txt").read_text(),
+        read_trace(tmp_path / "deep/et/v1.2.3.et"),
+    )
     assert contents(nodes) == expected_contents(text, 16, 2, 2)
     files = list((tmp_path / "deep/et").iterdir())
     assert {path.name for path in files} == names(16, "v1.2")
@@ -563,6 +638,33 @@ def test_a_run_that_can_not_write_its_workload_file(
     assert state(tmp_path / "et") == before
 
 
+def test_a_signal_while_results_are_put_in_place_is_heeded_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mixture of old and new traces, and no text file without them."""
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        replace(source, target)
+
+    chosen = settings(tmp_path, chakra_et=tmp_path / "et/x", time_unit="us", clock_mhz=700.0)
+    tool.generate(chosen)
+    before = in_et(tmp_path)[0].stat().st_ino
+    written = tool.write_atomic
+
+    def write_then_interrupt(path: Path, text: str) -> None:
+        written(path, text)
+        if path == chosen.output_file:
+            monkeypatch.setattr(os, "replace", interrupted)
+
+    monkeypatch.setattr(tool, "write_atomic", write_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tool.generate(chosen)
+    assert {path.name for path in in_et(tmp_path)} == names(16)
+    assert before not in {path.stat().st_ino for path in in_et(tmp_path)}
+
+
 FOLDER = " is a folder or was given to read, expected another file to write"
 
 
@@ -574,7 +676,9 @@ FOLDER = " is a folder or was given to read, expected another file to write"
         pytest.param("et/x.7.et", "et/x.3.et", None, f"et/x.7.et{FOLDER}", id="last"),
         pytest.param("other", "et", None, "et: File exists", id="file as folder"),
         pytest.param("other", "et/x.3.et", "et", "et: no permission to write", id="closed folder"),
-        pytest.param("other", "et/x.0.et", "et/x.0.et", "et/x.0.et: no permission to write", id="closed file"),
+        pytest.param(
+            "other", "et/x.0.et", "et/x.0.et", "et/x.0.et: no permission to write", id="closed file"
+        ),
     ],
 )
 def test_refused_before_anything_is_simulated(
@@ -584,8 +688,16 @@ def test_refused_before_anything_is_simulated(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("mine")
     before = state(tmp_path / "et")
-    fake = fake_v2(tmp_path / "fake", f"open({str(tmp_path / 'simulated')!r}, 'w').close()\n{GOOD_REPORT}")
-    flags = ["--chakra_et=et/x", "--time_unit=ns", "--clock_mhz=1000", "--output_file=w.txt", "--cache_dir="]
+    fake = fake_v2(
+        tmp_path / "fake", f"open({str(tmp_path / 'simulated')!r}, 'w').close()\n{GOOD_REPORT}"
+    )
+    flags = [
+        "--chakra_et=et/x",
+        "--time_unit=ns",
+        "--clock_mhz=1000",
+        "--output_file=w.txt",
+        "--cache_dir=",
+    ]
     command = [*BOUND, sys.executable, str(SCRIPT), f"--scalesim_path={fake}", *flags]
     if closed:
         (tmp_path / closed).chmod(0o444 if closed == file else 0o555)
@@ -636,7 +748,14 @@ def test_protobuf_is_for_traces_only(tmp_path: Path) -> None:
     """Python itself is told that there is none."""
     hidden = "import sys, runpy; sys.modules['google.protobuf'] = None;"
     hidden += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", hidden, str(SCRIPT), "--cycle_model=analytical", "--cache_dir="]
+    command = [
+        sys.executable,
+        "-c",
+        hidden,
+        str(SCRIPT),
+        "--cycle_model=analytical",
+        "--cache_dir=",
+    ]
     traces = ["--chakra_et=et/x", "--time_unit=ns", "--clock_mhz=1000"]
     done = subprocess.run([*command, *traces], cwd=tmp_path, capture_output=True, text=True)
     message = "error: --chakra_et needs protobuf: pip install -r requirements.txt\n"

@@ -13,12 +13,23 @@ import pytest
 from absl import flags
 
 import gen_astrasim_workload_input as tool
-from helpers import GOOD_REPORT, PLAIN, ROOT, SCRIPT, fake_v2, layer_of, read_like_astrasim, read_like_chakra
+from helpers import (
+    GOOD_REPORT,
+    PLAIN,
+    ROOT,
+    SCRIPT,
+    fake_v2,
+    layer_of,
+    read_like_astrasim,
+    read_like_chakra,
+)
 from test_dask import cluster
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-FRESH = [block for block in COMMANDS if "python3 -m venv" in block]  # .ci/run runs these two, from nothing
+FRESH = [
+    block for block in COMMANDS if "python3 -m venv" in block
+]  # .ci/run runs these two, from nothing
 OTHERS = [block for block in COMMANDS if block not in FRESH]
 
 
@@ -40,7 +51,9 @@ def test_the_flags_of_the_readme_are_the_scripts_in_its_order_with_its_defaults(
 
 
 def test_the_strategies_of_the_readme_are_the_scripts() -> None:
-    rows = re.findall(r"^\| `(\w+)`.*? \| (\S+) \| (\S+) \| (\w+) \| (\w+) \| (\w+) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)`.*? \| (\S+) \| (\S+) \| (\w+) \| (\w+) \| (\w+) \|$", README, re.MULTILINE
+    )
     assert [row[0] for row in rows] == list(PLAIN)
     for name, dp, mp, *collectives in rows:
         shards = tool.shard(layer_of("a", 240, 240, 240, name), (8, 3), 2, "up")
@@ -58,13 +71,22 @@ def test_the_script_carries_requirements_txt() -> None:
 
 def test_two_commands_for_a_fresh_machine() -> None:
     assert len(FRESH) == 2
-    assert all(len(block.splitlines()) == 1 and ".venv/bin/pip install -r requirements.txt" in block for block in FRESH)
+    assert all(
+        len(block.splitlines()) == 1 and ".venv/bin/pip install -r requirements.txt" in block
+        for block in FRESH
+    )
 
 
 def test_the_repository_has_the_agreed_shape() -> None:
     made_by_running = {"outputs", "workloads", "workload.txt", "__pycache__"}
     top = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - made_by_running
-    assert top == {"README.md", "gen_astrasim_workload_input.py", "mnk_inputs", "requirements.txt", "tests"}
+    assert top == {
+        "README.md",
+        "gen_astrasim_workload_input.py",
+        "mnk_inputs",
+        "requirements.txt",
+        "tests",
+    }
 
 
 @pytest.mark.parametrize("block", OTHERS, ids=lambda block: block.split("--")[1].split()[0])
@@ -74,7 +96,9 @@ def test_the_commands_of_the_readme_run(block: str, tmp_path: Path) -> None:
     if "--dask_scheduler" in block:
         faster = f"--scalesim_path={fake_v2(tmp_path / 'fake', GOOD_REPORT)}"
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" {faster} --cache_dir=\n')
+    (tmp_path / ".venv/bin/python").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" "$@" {faster} --cache_dir=\n'
+    )
     (tmp_path / ".venv/bin/python").chmod(0o755)
     for name in ("mnk_inputs", SCRIPT.name):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -96,10 +120,13 @@ def test_the_commands_of_the_readme_run(block: str, tmp_path: Path) -> None:
             runs = list(csv.DictReader(table))
         assert [run["num_npus"] for run in runs[::4]] == ["64", "256", "1024", "4096"]
         lines = [
-            [round(int(run["compute_all"]) / 1e9) for run in runs if run["parallel"] == parallel] for parallel in PLAIN
+            [round(int(run["compute_all"]) / 1e9) for run in runs if run["parallel"] == parallel]
+            for parallel in PLAIN
         ]
         drawn = re.findall(r"^ +line \[(.*)\]$", README, re.MULTILINE)
-        assert [list(map(int, line.split(", "))) for line in drawn] == lines, "the chart shows another result"
+        assert [list(map(int, line.split(", "))) for line in drawn] == lines, (
+            "the chart shows another result"
+        )
 
 
 def test_the_output_that_the_readme_shows() -> None:

@@ -9,7 +9,9 @@ import pytest
 import gen_astrasim_workload_input as tool
 from helpers import MNK_INPUTS, settings, shards_of
 
-LLAMA_BLOCK = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672  # q and output, k and v of 8 heads, gated MLP
+LLAMA_BLOCK = (
+    2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+)  # q and output, k and v of 8 heads, gated MLP
 WEIGHTS = {
     "resnet50": 25_502_912,
     "bert_large": 24 * 12 * 1024**2,
@@ -37,7 +39,9 @@ def test_llama_is_the_published_model_with_its_embedding_and_normalisations() ->
 
 def test_resnet_multiply_accumulates() -> None:
     """4.09 G an image, as torchvision states for its ResNet-50."""
-    assert sum(layer.m * layer.n * layer.k for layer in layers_of("resnet50")) // 256 == 4_089_184_256
+    assert (
+        sum(layer.m * layer.n * layer.k for layer in layers_of("resnet50")) // 256 == 4_089_184_256
+    )
 
 
 def test_every_layer_of_a_network_has_the_same_minibatch() -> None:

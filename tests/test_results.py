@@ -58,7 +58,9 @@ def rows_of(path: Path, header: str = SUMMARY_HEADER) -> list[dict[str, str]]:
 def sums_of_text(path: Path) -> dict[str, str]:
     """Return the summary's columns that a text file for ASTRA-sim can say, summed from it."""
     _, layers = read_like_astrasim(path.read_text())
-    forward, input_gradient, weight_gradient = (sum(layer.passes[index][0] for layer in layers) for index in range(3))
+    forward, input_gradient, weight_gradient = (
+        sum(layer.passes[index][0] for layer in layers) for index in range(3)
+    )
     sums = {
         "compute_forward": forward,
         "compute_input_gradient": input_gradient,
@@ -66,7 +68,9 @@ def sums_of_text(path: Path) -> dict[str, str]:
         "compute_all": forward + input_gradient + weight_gradient,
     }
     for name in ("ALLGATHER", "REDUCESCATTER", "ALLREDUCE"):
-        sizes = [size for layer in layers for _, collective, size in layer.passes if collective == name]
+        sizes = [
+            size for layer in layers for _, collective, size in layer.passes if collective == name
+        ]
         sums |= {f"{name.lower()}_count": len(sizes), f"{name.lower()}_bytes": sum(sizes)}
     return {name: str(value) for name, value in sums.items()}
 
@@ -95,16 +99,30 @@ def test_a_whole_row_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("unit", "clock"), [("cycles", None), ("us", 7.5)])
 @pytest.mark.parametrize("parallel", tool.PARALLEL)
-def test_a_row_says_what_the_text_file_says(parallel: str, unit: str, clock: float | None, tmp_path: Path) -> None:
+def test_a_row_says_what_the_text_file_says(
+    parallel: str, unit: str, clock: float | None, tmp_path: Path
+) -> None:
     """On an array that is not square, so that no two passes take as long."""
     config = tmp_path / "c.cfg"
     config.write_text(tool.BUILT_IN_CONFIG.replace("ArrayHeight: 256", "ArrayHeight: 100"))
-    chosen = {"parallel": parallel, "time_unit": unit, "clock_mhz": clock, "scalesim_config": config}
+    chosen = {
+        "parallel": parallel,
+        "time_unit": unit,
+        "clock_mhz": clock,
+        "scalesim_config": config,
+    }
     row = summary_of(tmp_path, mnk=MNK_INPUTS / "example_customized.csv", **chosen)
     said = sums_of_text(tmp_path / "workload.txt")
     assert {name: row[name] for name in said} == said
-    assert len({row[f"compute_{name}"] for name in ("forward", "input_gradient", "weight_gradient")}) == 3
-    assert (row["parallel"], row["time_unit"], row["clock_mhz"]) == (parallel, unit, "" if clock is None else "7.5")
+    assert (
+        len({row[f"compute_{name}"] for name in ("forward", "input_gradient", "weight_gradient")})
+        == 3
+    )
+    assert (row["parallel"], row["time_unit"], row["clock_mhz"]) == (
+        parallel,
+        unit,
+        "" if clock is None else "7.5",
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,19 +136,31 @@ def test_a_row_says_what_the_text_file_says(parallel: str, unit: str, clock: flo
 )
 def test_how_many_of_each_collective(parallel: str, collectives: list[str], tmp_path: Path) -> None:
     row = summary_of(tmp_path, parallel=parallel)
-    assert [row[f"{name}_count"] for name in ("allgather", "reducescatter", "allreduce")] == collectives
+    assert [
+        row[f"{name}_count"] for name in ("allgather", "reducescatter", "allreduce")
+    ] == collectives
 
 
 @pytest.mark.parametrize(
-    ("table", "minibatch", "column"), [("example", 1, ""), ("resnet50", 32, "32"), ("resnet50", 1, "1")]
+    ("table", "minibatch", "column"),
+    [("example", 1, ""), ("resnet50", 32, "32"), ("resnet50", 1, "1")],
 )
-def test_the_minibatch_of_convolutions_only(table: str, minibatch: int, column: str, tmp_path: Path) -> None:
+def test_the_minibatch_of_convolutions_only(
+    table: str, minibatch: int, column: str, tmp_path: Path
+) -> None:
     row = summary_of(tmp_path, mnk=MNK_INPUTS / f"{table}.csv", num_npus=4, minibatch=minibatch)
     assert row["minibatch"] == column
 
 
 def test_flags_come_back_as_they_were_given(tmp_path: Path) -> None:
-    flags = [FAST, "--parallel=model", "--num_npu=4", "--datatype_size=4", "--time_unit=ns", "--clock_mhz=700"]
+    flags = [
+        FAST,
+        "--parallel=model",
+        "--num_npu=4",
+        "--datatype_size=4",
+        "--time_unit=ns",
+        "--clock_mhz=700",
+    ]
     assert run(tmp_path, *flags, "--summary_csv=new/s.csv", "--output_file=w.txt").status == 0
     (row,) = rows_of(tmp_path / "new" / "s.csv")
     assert list(row.values())[1:9] == ["MODEL", "4", "1", "4", "", "analytical", "ns", "700.0"]
@@ -156,7 +186,9 @@ def test_paths_of_any_name(name: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / f"{name}.csv", "a,64,64,64")
     output = tmp_path / name / "w.txt"
     for _ in range(2):
-        tool.generate(settings(tmp_path, mnk=table, output_file=output, summary_csv=tmp_path / "s.csv"))
+        tool.generate(
+            settings(tmp_path, mnk=table, output_file=output, summary_csv=tmp_path / "s.csv")
+        )
     with (tmp_path / "s.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     assert [(row["mnk"], row["output_file"]) for row in rows] == [(str(table), str(output))] * 2
@@ -182,7 +214,14 @@ def test_fifty_runs_at_once(tmp_path: Path) -> None:
     summary = tmp_path / "s.csv"
     with summary.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        command = [sys.executable, "-c", FIFTY_RUNS, str(tmp_path), str(SCRIPT.parent), str(SCRIPT.parent / "tests")]
+        command = [
+            sys.executable,
+            "-c",
+            FIFTY_RUNS,
+            str(tmp_path),
+            str(SCRIPT.parent),
+            str(SCRIPT.parent / "tests"),
+        ]
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while running.poll() is None and len(list(tmp_path.glob("*/workload.txt"))) < 50:
             time.sleep(0.02)
@@ -200,8 +239,15 @@ def test_a_sweep_of_sixteen_runs_four_at_a_time(tmp_path: Path) -> None:
     sweep = [(parallel, npus) for npus in (4, 8, 16, 32) for parallel in PLAIN]
 
     def one(parallel: str, npus: int) -> int:
-        flags = [f"--parallel={parallel}", f"--num_npus={npus}", "--num_packages=2", f"--run_name={npus}"]
-        return run(tmp_path, FAST, *flags, f"--output_file={parallel}.{npus}.txt", "--summary_csv=s.csv").status
+        flags = [
+            f"--parallel={parallel}",
+            f"--num_npus={npus}",
+            "--num_packages=2",
+            f"--run_name={npus}",
+        ]
+        return run(
+            tmp_path, FAST, *flags, f"--output_file={parallel}.{npus}.txt", "--summary_csv=s.csv"
+        ).status
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(one, *zip(*sweep))) == {0}
@@ -212,13 +258,21 @@ def test_a_sweep_of_sixteen_runs_four_at_a_time(tmp_path: Path) -> None:
         assert {name: row[name] for name in said} == said
 
 
-@pytest.mark.parametrize("text", ["Layer,m,n,k\na,1,1,1\n", SUMMARY_HEADER.replace(",minibatch", "") + "\n", "\0\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["\nx\n", "Layer,m,n,k\na,1,1,1\n", SUMMARY_HEADER.replace(",minibatch", "") + "\n", "\0\xff"],
+)
 def test_another_header_is_refused_before_anything_is_simulated(text: str, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_bytes(text.encode("latin-1"))
     fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
     table = write_table(tmp_path / "t.csv", "a,8,8,8")
     (tmp_path / "cache").mkdir()
-    flags = [f"--mnk={table}", f"--scalesim_path={fake}", f"--cache_dir={tmp_path}/cache", "--num_npus=1"]
+    flags = [
+        f"--mnk={table}",
+        f"--scalesim_path={fake}",
+        f"--cache_dir={tmp_path}/cache",
+        "--num_npus=1",
+    ]
     result = run(tmp_path, *flags, "--summary_csv=s.csv")
     assert is_one_error_line(result), result
     assert result.err.startswith(f"error: {tmp_path}/s.csv:1: header ")
@@ -227,13 +281,31 @@ def test_another_header_is_refused_before_anything_is_simulated(text: str, tmp_p
     assert not (tmp_path / "workload.txt").exists()
 
 
+@pytest.mark.parametrize("what", ["pipe", "/dev/null", "/dev/full"])
+def test_a_summary_that_cannot_be_appended_to_is_refused(what: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = run(tmp_path, FAST, f"--summary_csv={what}")
+    assert is_one_error_line(result), result
+    assert f"{what}:1: header 'no file', expected a summary's" in result.err
+    assert not (tmp_path / "workload.txt").exists()
+
+
+def test_a_link_to_another_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("w.txt")
+    result = run(tmp_path, FAST, "--output_file=w.txt", "--summary_csv=link")
+    assert is_one_error_line(result)
+    assert "two outputs are one file" in result.err
+
+
 @pytest.mark.parametrize("what", ["t.csv", "c.cfg", "link", "folder"])
 def test_a_summary_that_is_an_input_or_a_folder_is_refused(what: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", "a,8,8,8")
     (tmp_path / "c.cfg").write_text(tool.BUILT_IN_CONFIG)
     (tmp_path / "link").symlink_to("t.csv")
     (tmp_path / "folder").mkdir()
-    result = run(tmp_path, FAST, f"--mnk={table}", "--scalesim_config=c.cfg", f"--summary_csv={what}")
+    result = run(
+        tmp_path, FAST, f"--mnk={table}", "--scalesim_config=c.cfg", f"--summary_csv={what}"
+    )
     assert is_one_error_line(result), result
     assert f"{tmp_path}/{'t.csv' if what == 'link' else what} is " in result.err
     assert table.read_text() == "Layer,m,n,k\na,8,8,8\n"
@@ -249,7 +321,14 @@ def test_a_failed_run_leaves_no_row(output: str, tmp_path: Path) -> None:
     summary_of(tmp_path)
     before = (tmp_path / "s.csv").read_text()
     how = [FAST] if output == "/dev/full" else [f"--scalesim_path={fake}"]
-    result = run(tmp_path, f"--mnk={table}", "--num_npus=1", "--summary_csv=s.csv", f"--output_file={output}", *how)
+    result = run(
+        tmp_path,
+        f"--mnk={table}",
+        "--num_npus=1",
+        "--summary_csv=s.csv",
+        f"--output_file={output}",
+        *how,
+    )
     assert result.status == 1
     assert (tmp_path / "s.csv").read_text() == before
 
@@ -287,7 +366,9 @@ def test_a_hybrid_layer_by_hand(tmp_path: Path) -> None:
         ("HYBRID_MODEL_DATA", ("4", "3"), ["3", "3", "4"]),
     ],
 )
-def test_degrees_and_members(parallel: str, degrees: tuple[str, str], members: list[str], tmp_path: Path) -> None:
+def test_degrees_and_members(
+    parallel: str, degrees: tuple[str, str], members: list[str], tmp_path: Path
+) -> None:
     table = write_table(tmp_path / "t.csv", "a,120,240,360")
     rows = layers_of(tmp_path, mnk=table, **{**HYBRID_OF_12, "parallel": parallel})
     assert [row["members"] for row in rows] == members
@@ -295,7 +376,9 @@ def test_degrees_and_members(parallel: str, degrees: tuple[str, str], members: l
 
 
 def test_three_rows_a_layer_in_order_as_the_text_file_has_them(tmp_path: Path) -> None:
-    rows = layers_of(tmp_path, mnk=MNK_INPUTS / "example_customized.csv", parallel="HYBRID_CUSTOMIZED")
+    rows = layers_of(
+        tmp_path, mnk=MNK_INPUTS / "example_customized.csv", parallel="HYBRID_CUSTOMIZED"
+    )
     _, layers = read_like_astrasim((tmp_path / "workload.txt").read_text())
     columns = ("layer", "strategy", "pass", "cycles", "collective", "bytes")
     assert [tuple(row[column] for column in columns) for row in rows] == [
@@ -306,7 +389,9 @@ def test_three_rows_a_layer_in_order_as_the_text_file_has_them(tmp_path: Path) -
 
 
 def test_layers_are_in_cycles_whatever_the_unit(tmp_path: Path) -> None:
-    assert layers_of(tmp_path / "us", time_unit="us", clock_mhz=700.0) == layers_of(tmp_path / "cycles")
+    assert layers_of(tmp_path / "us", time_unit="us", clock_mhz=700.0) == layers_of(
+        tmp_path / "cycles"
+    )
 
 
 # --- Collectives of one member
@@ -327,7 +412,12 @@ EVERY = ACTIVATIONS | WEIGHTS
     ],
 )
 def test_collectives_of_one_member_are_shown_and_not_counted(
-    parallel: str, npus: int, packages: int, alone: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parallel: str,
+    npus: int,
+    packages: int,
+    alone: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = summary_of(tmp_path, parallel=parallel, num_npus=npus, num_packages=packages)
     out, err = capsys.readouterr()
@@ -340,7 +430,9 @@ def test_collectives_of_one_member_are_shown_and_not_counted(
     else:
         assert re.fullmatch(f"warning: {7 * len(alone)} collectives have one member: .*\n", err)
     said = sums_of_text(tmp_path / "workload.txt")
-    assert [said[f"{name.lower()}_count"] for name in EVERY] == ["7"] * 3, "the text file has them all the same"
+    assert [said[f"{name.lower()}_count"] for name in EVERY] == ["7"] * 3, (
+        "the text file has them all the same"
+    )
 
 
 @pytest.mark.parametrize(("npus", "packages"), [(8, 1), (8, 2), (8, 8), (1, 1)])
@@ -370,18 +462,27 @@ def dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Dry:
         capsys.readouterr()
         tool.generate(simulated(tmp_path, dry_run=True, **changes))
         last = capsys.readouterr().out.splitlines()[-1]
-        said = re.fullmatch(r"time with --jobs=\d+: ([\d,]+) (s|min|h) to ([\d,]+) (s|min|h) estimated", last)
+        said = re.fullmatch(
+            r"time with --jobs=\d+: ([\d,]+) (s|min|h) to ([\d,]+) (s|min|h) estimated", last
+        )
         assert said, last
         low, low_unit, high, high_unit = said.groups()
         size = {"s": 1, "min": 60, "h": 3600}
-        return int(low.replace(",", "")) * size[low_unit], int(high.replace(",", "")) * size[high_unit]
+        return int(low.replace(",", "")) * size[low_unit], int(high.replace(",", "")) * size[
+            high_unit
+        ]
 
     return expected
 
 
 def simulated(folder: Path, **changes: Any) -> tool.Settings:
     """Return settings for the stand-in of `dry`, on one NPU, with a cache."""
-    values = {"mnk": folder / "large.csv", "scalesim_path": folder / "fake", "cache_dir": folder / "cache", "jobs": 1}
+    values = {
+        "mnk": folder / "large.csv",
+        "scalesim_path": folder / "fake",
+        "cache_dir": folder / "cache",
+        "jobs": 1,
+    }
     one_npu = {"cycle_model": "simulated", "num_npus": 1, "num_packages": 1}
     return settings(folder, **{**values, **one_npu, **changes})
 
@@ -441,7 +542,9 @@ def test_nonsense_for_seconds_does_no_harm(seconds: str, dry: Dry, tmp_path: Pat
     tool.generate(simulated(tmp_path, mnk=tmp_path / "small.csv"))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '"x"', '{"gemm": "8x8", "seconds": 9}', '{"seconds": 9}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '"x"', '{"gemm": "8x8", "seconds": 9}', '{"seconds": 9}', "\0"]
+)
 def test_nonsense_for_an_entry_does_no_harm(text: str, dry: Dry, tmp_path: Path) -> None:
     before = dry()
     finish_one(tmp_path, "1")
@@ -497,20 +600,34 @@ def test_the_bar_counts_gemms_and_says_how_long_from_the_start(tmp_path: Path) -
     slow = "if ',8,16,' in open(self.topology).read():\n    time.sleep(1.3)\n"
     fake = fake_v2(tmp_path / "fake", slow + GOOD_REPORT)
     table = write_table(tmp_path / "t.csv", "a,8,8,16")
-    flags = [f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=1", "--cache_dir=", "--jobs=1"]
+    flags = [
+        f"--mnk={table}",
+        f"--scalesim_path={fake}",
+        "--num_npus=1",
+        "--cache_dir=",
+        "--jobs=1",
+    ]
     seen = seen_on_a_terminal(tmp_path, *flags)
     bars = seen.split("\r")
     first = next(bar for bar in bars if bar.startswith("GEMM"))
     assert re.match(r"GEMM 1/3 .* 00:00<\? of \d+ s to \d+ s", first)
-    assert any(re.match(r"GEMM [123]/3 .* 00:01<\S+ of \d+ s to \d+ s, 8x8x16, layer a, forward", bar) for bar in bars)
+    assert any(
+        re.match(r"GEMM [123]/3 .* 00:01<\S+ of \d+ s to \d+ s, 8x8x16, layer a, forward", bar)
+        for bar in bars
+    )
     assert any(bar.startswith("GEMM 3/3 ") for bar in bars)
 
 
-@pytest.mark.parametrize("flag", ["--scalesim_path=nowhere", "--dask_scheduler=tcp://nowhere:1", "--jobs=2"])
+@pytest.mark.parametrize(
+    "flag", ["--scalesim_path=nowhere", "--dask_scheduler=tcp://nowhere:1", "--jobs=2"]
+)
 def test_flags_that_the_analytical_model_ignores(flag: str, tmp_path: Path) -> None:
     result = run(tmp_path, FAST, flag)
     name = flag.partition("=")[0]
-    assert (result.status, result.err) == (0, f"warning: {name} has no effect with --cycle_model=analytical\n")
+    assert (result.status, result.err) == (
+        0,
+        f"warning: {name} has no effect with --cycle_model=analytical\n",
+    )
     assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
 
 

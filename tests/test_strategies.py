@@ -39,14 +39,20 @@ BY_HAND = {
 @pytest.mark.parametrize("strategy", BY_HAND)
 def test_every_pass_of_every_strategy(tmp_path: Path, strategy: str, rounding: str) -> None:
     layer = layer_of("a", 100, 50, 30, strategy)
-    chosen = settings(tmp_path, num_npus=12, num_packages=3, datatype_size=4, shard_rounding=rounding)
-    expected = [(up if rounding == "up" else down, comm, size) for up, down, comm, size in BY_HAND[strategy]]
+    chosen = settings(
+        tmp_path, num_npus=12, num_packages=3, datatype_size=4, shard_rounding=rounding
+    )
+    expected = [
+        (up if rounding == "up" else down, comm, size) for up, down, comm, size in BY_HAND[strategy]
+    ]
     assert [each[1:4] for each in shards_of(layer, chosen)] == expected
 
 
 def test_a_share_is_never_below_one(tmp_path: Path) -> None:
     layer = layer_of("a", 3, 50, 30, "DATA")
-    shards = shards_of(layer, settings(tmp_path, num_npus=12, num_packages=3, shard_rounding="down"))
+    shards = shards_of(
+        layer, settings(tmp_path, num_npus=12, num_packages=3, shard_rounding="down")
+    )
     assert [each.gemm for each in shards] == [(1, 50, 30), (1, 30, 50), (30, 50, 1)]
 
 
@@ -63,7 +69,9 @@ def check(tmp_path: Path, layers: list[tool.Layer], **changes: object) -> None:
     tool.check_plan([(layer, shards_of(layer, chosen)) for layer in layers])
 
 
-def test_a_size_that_does_not_divide_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_does_not_divide_is_warned_of_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     layers = [layer_of(f"L{line}", 100, 50, 30, "HYBRID_DATA_MODEL") for line in range(2, 12)]
     check(tmp_path, [*layers, layer_of("even", 96, 48, 30, "DATA")], num_npus=12, num_packages=3)
     names = "L2 and 9 more layers"
@@ -81,7 +89,9 @@ def test_a_collective_of_0_bytes_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_collectives_of_1_to_3_bytes_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collectives_of_1_to_3_bytes_get_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     layers = [layer_of(f"small{n}", 16, n, 1, "DATA") for n in (4, 3, 2, 1)]
     check(tmp_path, layers, datatype_size=1)
     assert capsys.readouterr().err == (

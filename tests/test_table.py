@@ -11,7 +11,9 @@ import gen_astrasim_workload_input as tool
 FIVE = "Layer,m,n,k,CustomizedParallelization"
 
 
-def read(tmp_path: Path, data: bytes, parallel: str = "DATA") -> list[tuple[str, int, int, int, str]]:
+def read(
+    tmp_path: Path, data: bytes, parallel: str = "DATA"
+) -> list[tuple[str, int, int, int, str]]:
     path = tmp_path / "table.csv"
     path.write_bytes(data)
     return [layer[:5] for layer in tool.read_layers(path, parallel, 1)]
@@ -27,12 +29,19 @@ def read(tmp_path: Path, data: bytes, parallel: str = "DATA") -> list[tuple[str,
         pytest.param(b"Layer,m,n,k\na,1,2,3\nb,4,5,6", id="no newline at the end"),
         pytest.param(b" LAYER , M,N ,K\n a , 1, 2 ,3\nb,4,5,6\n", id="case and blanks"),
         pytest.param(b"Layer,M,N,K,\na,1,2,3,\nb,4,5,6,\n", id="SCALE-Sim's GEMM files"),
-        pytest.param(b"Layer Name, M, N, K,\na, 1, 2, 3,\nb, 4, 5, 6,\n", id="SCALE-Sim's other header"),
+        pytest.param(
+            b"Layer Name, M, N, K,\na, 1, 2, 3,\nb, 4, 5, 6,\n", id="SCALE-Sim's other header"
+        ),
         pytest.param(b"Layer,m,n,k\na,1,2,3,\nb,4,5,6,,\n", id="trailing commas in rows"),
         pytest.param(b"k,n,m,Layer\n3,2,1,a\n6,5,4,b\n", id="columns by name"),
         pytest.param(b'"Layer","m","n","k"\n"a","1","2","3"\nb, "4",5,6\n', id="quoted"),
-        pytest.param(b"Layer,m,n,k,CustomizedParallelization\na,1,2,3,MODEL\nb,4,5,6,nonsense\n", id="fifth ignored"),
-        pytest.param(b"Layer,m,n,k,customizedparallelization\na,1,2,3,\nb,4,5,6,\n", id="fifth empty"),
+        pytest.param(
+            b"Layer,m,n,k,CustomizedParallelization\na,1,2,3,MODEL\nb,4,5,6,nonsense\n",
+            id="fifth ignored",
+        ),
+        pytest.param(
+            b"Layer,m,n,k,customizedparallelization\na,1,2,3,\nb,4,5,6,\n", id="fifth empty"
+        ),
     ],
 )
 def test_the_same_table_in_many_spellings(tmp_path: Path, data: bytes) -> None:
@@ -42,19 +51,26 @@ def test_the_same_table_in_many_spellings(tmp_path: Path, data: bytes) -> None:
 def test_each_layer_has_its_own_strategy_under_hybrid_customized(tmp_path: Path) -> None:
     rows = "a,1,2,3,DATA\nb,1,2,3,model\nc,1,2,3,Hybrid_Model_Data\nd,1,2,3,HYBRD_DATA_MODEL\n"
     layers = read(tmp_path, f"{FIVE}\n{rows}".encode(), "HYBRID_CUSTOMIZED")
-    assert [layer[4] for layer in layers] == ["DATA", "MODEL", "HYBRID_MODEL_DATA", "HYBRID_DATA_MODEL"]
+    assert [layer[4] for layer in layers] == [
+        "DATA",
+        "MODEL",
+        "HYBRID_MODEL_DATA",
+        "HYBRID_DATA_MODEL",
+    ]
 
 
-def test_blanks_in_a_name_become_underscores_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blanks_in_a_name_become_underscores_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     layers = read(tmp_path, "Layer,m,n,k\na,1,2,3\n\u00e9 b\u00a0c,1,2,3\nd e,1,2,3\n".encode())
     assert [layer[0] for layer in layers] == ["a", "\u00e9_b_c", "d_e"]
     where = f"{tmp_path}/table.csv:3"
-    assert capsys.readouterr().err == (f"warning: {where}: blanks in a name become _ (2 such in all)\n")
+    assert capsys.readouterr().err == (
+        f"warning: {where}: blanks in a name become _ (2 such in all)\n"
+    )
 
 
-HEADERS = (
-    "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides"
-)
+HEADERS = "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides"
 
 
 @pytest.mark.parametrize(
@@ -63,30 +79,80 @@ HEADERS = (
         pytest.param(b"", 1, f"header '', {HEADERS}", id="empty"),
         pytest.param(b"\n \n", 1, f"header '', {HEADERS}", id="blank"),
         pytest.param(b"a,1,2,3\nb,1,2,3\n", 1, f"header 'a,1,2,3', {HEADERS}", id="no header"),
-        pytest.param(b"Layer,m,n\na,1,2\n", 1, f"header 'layer,m,n', {HEADERS}", id="header without k"),
-        pytest.param(b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'layer,m,n,n', {HEADERS}", id="column twice"),
-        pytest.param(b"\nLayer,m,n,k,x\n", 2, f"header 'layer,m,n,k,x', {HEADERS}", id="unknown column"),
-        pytest.param(b"Layer,m,n,k\n", 1, "no layers, expected one in each line below", id="no layers"),
-        pytest.param(b"Layer,m,n,k\na,1,2,3\nb,1,2\n", 3, "3 columns, expected 4 as in the header", id="too few"),
-        pytest.param(b"Layer,m,n,k\na,1,2,3,4\n", 2, "5 columns, expected 4 as in the header", id="too many"),
-        pytest.param(b"Layer,m,n,k\n,1,2,3\n", 2, "layer name '', expected printable characters", id="nameless"),
-        pytest.param(b"Layer,m,n,k\na\x07,1,2,3\n", 2, r"layer name 'a\x07', expected printable characters", id="bell"),
-        pytest.param(b"Layer,m,n,k\na,x,2,3\n", 2, "m is 'x', expected a whole number >= 1", id="word"),
-        pytest.param(b"Layer,m,n,k\na,1,1.5,3\n", 2, "n is '1.5', expected a whole number >= 1", id="1.5"),
-        pytest.param(b"Layer,m,n,k\na,1,2,0\n", 2, "k is '0', expected a whole number >= 1", id="0"),
-        pytest.param(b"Layer,m,n,k\na,-4,2,3\n", 2, "m is '-4', expected a whole number >= 1", id="-4"),
-        pytest.param(b"Layer,m,n,k\na,+4,2,3\n", 2, "m is '+4', expected a whole number >= 1", id="+4"),
-        pytest.param(b"Layer,m,n,k\na,1_0,2,3\n", 2, "m is '1_0', expected a whole number >= 1", id="1_0"),
-        pytest.param(b"Layer,m,n,k\na,,2,3\n", 2, "m is '', expected a whole number >= 1", id="empty size"),
         pytest.param(
-            "Layer,m,n,k\na,\u0663,2,3\n".encode(), 2, r"m is '\u0663', expected a whole number >= 1", id="other digits"
+            b"Layer,m,n\na,1,2\n", 1, f"header 'layer,m,n', {HEADERS}", id="header without k"
         ),
         pytest.param(
-            b"Layer,m,n,k\n\xe9,1,2,3\n", 2, r"layer name '\udce9', expected printable characters", id="Latin-1"
+            b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'layer,m,n,n', {HEADERS}", id="column twice"
         ),
-        pytest.param(b"\x7fELF\x02\xff\x00", 1, rf"header '\x7felf\x02\udcff\x00', {HEADERS}", id="binary"),
         pytest.param(
-            b'Layer,m,n,k\n"a,1,2,3\n', 2, "unexpected end of data, expected a CSV table", id="quote without end"
+            b"\nLayer,m,n,k,x\n", 2, f"header 'layer,m,n,k,x', {HEADERS}", id="unknown column"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\n", 1, "no layers, expected one in each line below", id="no layers"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,1,2,3\nb,1,2\n",
+            3,
+            "3 columns, expected 4 as in the header",
+            id="too few",
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,1,2,3,4\n", 2, "5 columns, expected 4 as in the header", id="too many"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\n,1,2,3\n",
+            2,
+            "layer name '', expected printable characters",
+            id="nameless",
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na\x07,1,2,3\n",
+            2,
+            r"layer name 'a\x07', expected printable characters",
+            id="bell",
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,x,2,3\n", 2, "m is 'x', expected a whole number >= 1", id="word"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,1,1.5,3\n", 2, "n is '1.5', expected a whole number >= 1", id="1.5"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,1,2,0\n", 2, "k is '0', expected a whole number >= 1", id="0"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,-4,2,3\n", 2, "m is '-4', expected a whole number >= 1", id="-4"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,+4,2,3\n", 2, "m is '+4', expected a whole number >= 1", id="+4"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,1_0,2,3\n", 2, "m is '1_0', expected a whole number >= 1", id="1_0"
+        ),
+        pytest.param(
+            b"Layer,m,n,k\na,,2,3\n", 2, "m is '', expected a whole number >= 1", id="empty size"
+        ),
+        pytest.param(
+            "Layer,m,n,k\na,\u0663,2,3\n".encode(),
+            2,
+            r"m is '\u0663', expected a whole number >= 1",
+            id="other digits",
+        ),
+        pytest.param(
+            b"Layer,m,n,k\n\xe9,1,2,3\n",
+            2,
+            r"layer name '\udce9', expected printable characters",
+            id="Latin-1",
+        ),
+        pytest.param(
+            b"\x7fELF\x02\xff\x00", 1, rf"header '\x7felf\x02\udcff\x00', {HEADERS}", id="binary"
+        ),
+        pytest.param(
+            b'Layer,m,n,k\n"a,1,2,3\n',
+            2,
+            "unexpected end of data, expected a CSV table",
+            id="quote without end",
         ),
     ],
 )
@@ -116,7 +182,9 @@ def test_refused(tmp_path: Path, data: bytes, line: int, message: str) -> None:
         ),
     ],
 )
-def test_refused_under_hybrid_customized(tmp_path: Path, data: bytes, line: int, message: str) -> None:
+def test_refused_under_hybrid_customized(
+    tmp_path: Path, data: bytes, line: int, message: str
+) -> None:
     with pytest.raises(tool.UserError) as error:
         read(tmp_path, data, "HYBRID_CUSTOMIZED")
     assert str(error.value) == f"{tmp_path}/table.csv:{line}: {message}"

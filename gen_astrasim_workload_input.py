@@ -704,6 +704,26 @@ UseRamulatorTrace: False
 """
 
 
+# Keys of other SCALE-Sims' configs and of their own writers, which change no cycles here.
+HARMLESS_KEYS = {
+    "architecture_presets": ["memorymap", "onchipmemorybanks", "onchipmemorybankports"],
+    "network_presets": ["topologycsvloc"],
+    "sparsity": ["sparserep", "optimizedmapping", "blocksize", "randomnumbergeneratorseed"],
+}
+# Switches that have to be off, and why.
+REFUSED_MODES = {
+    "sparsitysupport": "it would prune the output gradient as well, which is dense",
+    "ifmapcustomlayout": "the layout is a file for one GEMM",
+    "filtercustomlayout": "the layout is a file for one GEMM",
+    "useramulatortrace": "the traces are files for one GEMM",
+}
+# Keys as people write them, those that can change cycles first.
+SPELLINGS = {
+    key.lower(): key
+    for key in ["InterfaceBandwidth", *re.findall(r"^(\w+)[ :]", BUILT_IN_CONFIG, re.MULTILINE)]
+}
+
+
 class Architecture(NamedTuple):
     """A SCALE-Sim config."""
 
@@ -713,58 +733,137 @@ class Architecture(NamedTuple):
     rows: int  # of the systolic array
     columns: int
     dataflow: str  # os, ws or is
-    bandwidth_mode: str  # CALC, or USER, which counts the stalls of a memory too slow
+    bandwidth_mode: str  # CALC, or USER: SCALE-Sim then counts waits for the memory
 
 
 def read_architecture(path: Path | None) -> Architecture:
     """Read the config at `path`, or the built-in one; UserError where it does not serve."""
     source = str(path or "the built-in config")
     text = BUILT_IN_CONFIG
-    given = configparser.ConfigParser(interpolation=None)
+    given = new_config()
     try:
         if path:
             text = path.read_bytes().decode("utf-8-sig")
         given.read_string(text, source)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config") from None
-    rows, columns, dataflow = read_array(source, given)
-    config = configparser.ConfigParser(interpolation=None)
+    config = new_config()
     config.read_string(BUILT_IN_CONFIG)
+    check_keys(source, given, config)
     lacking = []
     for section in config.sections():
-        lacking += [key for key in config[section] if not given.has_option(section, key)]
+        for key in config[section]:
+            if key != "run_name" and not given.has_option(section, key):
+                lacking.append(key)
     config.read_dict(given)
     config["general"] = {"run_name": "gemm"}  # it becomes part of a shell command
     config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it
-    check_modes(source, config)
+    check_values(source, config)
+    mode = config["run_presets"]["InterfaceBandwidth"]
+    presets = config["architecture_presets"]
+    if mode == "USER":
+        lacking = fill_in_bandwidths(config, lacking)
     written = io.StringIO()
     config.write(written)
-    mode = config["run_presets"]["InterfaceBandwidth"]
-    return Architecture(text, written.getvalue(), lacking, rows, columns, dataflow, mode)
+    return Architecture(
+        text,
+        written.getvalue(),
+        lacking,
+        rows=int(presets["ArrayHeight"]),
+        columns=int(presets["ArrayWidth"]),
+        dataflow=presets["Dataflow"],
+        bandwidth_mode=mode,
+    )
 
 
-def read_array(source: str, config: configparser.ConfigParser) -> tuple[int, int, str]:
-    """Return rows, columns and dataflow of the array, which a config must give."""
-    keys = ("ArrayHeight", "ArrayWidth", "Dataflow")
-    values = [config.get("architecture_presets", key, fallback="") for key in keys]
-    rows, columns, dataflow = whole_number(values[0]), whole_number(values[1]), values[2]
-    if not rows or not columns or dataflow not in ("os", "ws", "is"):
-        expected = "expected numbers >= 1, and os, ws or is"
-        raise UserError(f"{source}: {', '.join(keys)} are {values!a:.60}, {expected}")
-    return rows, columns, dataflow
+def new_config() -> configparser.ConfigParser:
+    """Return a reader of configs, in which no section stands for all others."""
+    return configparser.ConfigParser(interpolation=None, default_section="")
 
 
-def check_modes(source: str, config: configparser.ConfigParser) -> None:
-    """Refuse what a simulation of one GEMM of a training can't use."""
+def check_keys(
+    source: str, given: configparser.ConfigParser, built_in: configparser.ConfigParser
+) -> None:
+    """Refuse a config without an array, or with a key that no SCALE-Sim reads there."""
+    known = {section: [*built_in[section]] for section in built_in.sections()}
+    for section, keys in HARMLESS_KEYS.items():
+        known.setdefault(section, []).extend(keys)
+    for section in given.sections():
+        for key in given[section]:
+            check_key(source, section, key, known)
+        if section not in known:
+            expected = suggestion(section, known) or f"expected {', '.join(known)}"
+            raise UserError(f"{source}: unknown section [{section}], {expected}")
+    for key in ("ArrayHeight", "ArrayWidth", "Dataflow"):
+        if not given.has_option("architecture_presets", key):
+            raise UserError(f"{source}: no {key} in [architecture_presets], expected one")
+
+
+def check_key(source: str, section: str, key: str, known: dict[str, list[str]]) -> None:
+    """Refuse a key that is unknown, or stands in another section than its own."""
+    if key in known.get(section, []):
+        return
+    for own_section, keys in known.items():
+        if key in keys:
+            name = SPELLINGS.get(key, key)
+            raise UserError(f"{source}: {name} stands in [{section}], expected in [{own_section}]")
+    if section in known:
+        expected = suggestion(key, known[section]) or f"expected {', '.join(known[section])}"
+        raise UserError(f"{source}: unknown key {shown(key)} in [{section}], {expected}")
+
+
+def check_values(source: str, config: configparser.ConfigParser) -> None:
+    """Refuse values that SCALE-Sim would stop at, and modes that serve one GEMM only."""
+    built_in = new_config()
+    built_in.read_string(BUILT_IN_CONFIG)
+    for section in built_in.sections():
+        for key, usual in built_in[section].items():
+            if usual.isdigit():
+                check_number(source, key, config[section][key])
+            elif usual.lower() == "false" and not is_off(config[section][key]):
+                what = f"{SPELLINGS[key]} is {shown(config[section][key])}"
+                raise UserError(f"{source}: {what}, expected False: {REFUSED_MODES[key]}")
+    banks = config["architecture_presets"]["MemoryBanks"]
+    if banks != "1":
+        reason = "the memory map of others is a file for one GEMM"
+        raise UserError(f"{source}: MemoryBanks is {shown(banks)}, expected 1: {reason}")
+    dataflow = config["architecture_presets"]["Dataflow"]
+    if dataflow not in ("os", "ws", "is"):
+        raise UserError(f"{source}: Dataflow is {shown(dataflow)}, expected os, ws or is")
     mode = config["run_presets"]["InterfaceBandwidth"]
     if mode not in ("CALC", "USER"):
-        raise UserError(f"{source}: InterfaceBandwidth is {mode!a:.60}, expected CALC or USER")
-    for key in ("IfmapCustomLayout", "FilterCustomLayout"):
-        if config["layout"][key].lower() not in ("false", "no", "off", "0"):
-            raise UserError(f"{source}: {key} is on, which is for one GEMM, expected False")
-    if config["sparsity"]["SparsitySupport"].lower() == "true":
-        reason = "it would prune the output gradient as well, which is dense"
-        raise UserError(f"{source}: SparsitySupport is true, {reason}, expected false")
+        raise UserError(f"{source}: InterfaceBandwidth is {shown(mode)}, expected CALC or USER")
+
+
+def check_number(source: str, key: str, value: str) -> None:
+    """Refuse what is no whole number; a bandwidth may be several."""
+    least = 0 if key.endswith("offset") else 1
+    for text in value.split(",") if key == "bandwidth" else [value]:
+        number = whole_number(text.strip())
+        if number is None or number < least:
+            expected = f"expected a whole number >= {least}"
+            raise UserError(f"{source}: {SPELLINGS[key]} is {shown(value)}, {expected}")
+
+
+def is_off(value: str) -> bool:
+    """Say whether a switch is off."""
+    return value.lower() in ("false", "no", "off", "0")
+
+
+def fill_in_bandwidths(config: configparser.ConfigParser, lacking: list[str]) -> list[str]:
+    """Give SCALE-Sim v3 a config's own bandwidth where v2 reads it; return what is lacking still.
+
+    Under USER v3 reads operands at the bandwidth of the layout's banks, v2 at `Bandwidth`.
+    """
+    bandwidth = config["architecture_presets"]["Bandwidth"].partition(",")[0]
+    filled = []
+    for operand in ("ifmap", "filter"):
+        key = f"{operand}srambankbandwidth"
+        if key in lacking:
+            config["layout"][key] = bandwidth
+            config["layout"][f"{operand}srambanknum"] = "1"
+            filled += [key, f"{operand}srambanknum"]
+    return [key for key in lacking if key not in filled]
 
 
 # --- Cycle models
@@ -1006,9 +1105,15 @@ def warn_of_lacking_keys(scalesim: ScaleSim, lacking: list[str]) -> None:
         return
     files = code_files(scalesim.version, scalesim.folder)
     code = "".join(file.read_text("utf-8", "replace") for file in files)
-    used = [key for key in lacking if re.search(f"['\"]{key}['\"]", code, re.IGNORECASE)]
+    used = []
+    for key, spelling in SPELLINGS.items():
+        if key in lacking and re.search(f"['\"]{key}['\"]", code, re.IGNORECASE):
+            used.append(spelling)
     if used:
-        what = f"--scalesim_config lacks {', '.join(used)}, which this SCALE-Sim reads"
+        names = ", ".join(used[:5])
+        if used[5:]:
+            names += f" and {len(used) - 5} more keys"
+        what = f"--scalesim_config lacks {names}, which this SCALE-Sim reads"
         warn(f"{what}: taken from the built-in config")
 
 
@@ -1861,6 +1966,7 @@ def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
     uses = {settings.mnk.resolve(): "--mnk"}
     if settings.scalesim_config:
         uses[settings.scalesim_config.resolve()] = "--scalesim_config"
+    targets = []
     for path, use in outputs:
         target = path.resolve()
         if target.is_dir():
@@ -1868,12 +1974,13 @@ def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
         if target in uses and not is_device(target):
             raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
         uses[target] = use
-    for path, _ in outputs:
-        target = path.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for needed in (target.parent, target):
-            if needed.exists() and not os.access(needed, os.W_OK):
-                raise UserError(f"{needed}: no permission to write")
+        targets.append(target)
+    folders = {target.parent for target in targets}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in (*folders, *targets):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: no permission to write")
 
 
 def check_summary(path: Path) -> None:
@@ -1901,7 +2008,7 @@ def trace_files(settings: Settings) -> list[Path]:
     prefix = settings.chakra_et
     if not prefix:
         return []
-    return [prefix.with_name(f"{prefix.name}.{npu}.et") for npu in range(settings.num_npus)]
+    return [Path(f"{prefix}.{npu}.et") for npu in range(settings.num_npus)]
 
 
 def publish(settings: Settings, text: str, trace: bytes, summary: str) -> None:

@@ -73,14 +73,16 @@ STRATEGIES = {
     "HYBRID_MODEL_DATA": Strategy(split_m=(0,), split_n=(1,)),
 }
 CUSTOMIZED = "HYBRID_CUSTOMIZED"  # each layer has a strategy of its own
+DLRM = "HYBRID_DLRM"  # the embedding is split as by MODEL, all other layers as by DATA
 
-COLLECTIVE_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0}  # numbers of Chakra
+# By their numbers in Chakra.
+COLLECTIVE_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0, "ALLTOALL": 6}
 PASS_FILES = {
     "forward": "fwd_pass",
     "input gradient": "inp_grad",
     "weight gradient": "weight_grad",
 }
-COUNTED_BY_SHARE = ("ALLGATHER",)  # by one NPU's bytes; the others by the whole buffer
+COUNTED_BY_SHARE = ("ALLGATHER", "ALLTOALL")  # by one NPU's bytes; the others by the whole buffer
 
 # --- Flags
 
@@ -92,7 +94,7 @@ flags.DEFINE_string("mnk", str(EXAMPLE), "The table of layers, a CSV file.")
 flags.DEFINE_enum(
     "parallel",
     "DATA",
-    [*STRATEGIES, CUSTOMIZED],
+    [*STRATEGIES, CUSTOMIZED, DLRM],
     "How layers are partitioned across NPUs.",
     case_sensitive=False,
 )
@@ -185,6 +187,7 @@ class Settings(NamedTuple):
     datatype_size: int
     minibatch: int
     output_file: Path
+    run_name: str
     run_folder: Path
     scalesim_path: Path | None
     scalesim_config: Path | None
@@ -210,17 +213,27 @@ class Settings(NamedTuple):
 # --- Types: a layer's way from the table to the files
 
 
+class Batch(NamedTuple):
+    """How many equal, independent products a BATCHED_GEMM consists of: samples x heads."""
+
+    samples: int
+    heads: int | None  # None: a plain number of products
+
+
 class Layer(NamedTuple):
     """A line of the table."""
 
     name: str
     where: str  # "file:line", for messages
+    type: str  # one of LAYER_TYPES
     strategy: str  # one of STRATEGIES
     m: int  # rows of the outputs: samples, tokens or pixels, of all NPUs together
     n: int  # columns of the outputs
     k: int  # reduction: how many inputs an output is made of
     input_elements: int  # m x k, but of a convolution its ifmaps, without im2col's repeats
-    minibatch: int | None  # images of a convolution
+    minibatch: int | None = None  # images of a convolution
+    groups: int = 1  # of a convolution
+    batch: Batch | None = None  # of a BATCHED_GEMM
 
 
 class Gemm(NamedTuple):
@@ -248,12 +261,13 @@ class Pass(NamedTuple):
 
     name: str  # forward, input gradient or weight gradient
     repeats: int  # equal GEMMs that it consists of
-    gemm: Gemm
+    gemm: Gemm  # of an EMBEDDING: samples, columns and look-ups, which are no GEMM
+    accesses: int | None  # elements that an EMBEDDING reads and writes; None: it is GEMMs
     collective: Collective | None  # that follows
 
 
 class Split(NamedTuple):
-    """A size of a layer that is cut over NPUs."""
+    """A size or a number that is split over NPUs."""
 
     name: str
     size: int
@@ -320,6 +334,7 @@ CONVOLUTION_COLUMNS = (
 )
 DIRECTED_STRIDES = ("stride height", "stride width")  # of SCALE-Sim's writer, not "strides"
 PADDING = "padding"
+TYPE, COUNT, GROUPS = "type", "count", "groups"
 STRATEGY_COLUMN = "customizedparallelization"
 DERIVED_COLUMNS = ("eh", "ew", "e2")  # sizes of outputs, in SCALE-Sim's own files
 ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
@@ -345,30 +360,45 @@ def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
 
     UserError, with file and line, for whatever is not understood.
     """
+    rows = read_rows(path, parallel)
+    if minibatch > 1 and "m" in rows[0].cells:
+        what = f"--minibatch={minibatch} with GEMMs, whose m counts the samples"
+        raise UserError(f"{rows[0].where}: {what}, expected convolutions")
+    layers = [read_layer(row, parallel, minibatch) for row in rows]
+    renamed = []
+    uncounted = []
+    for row, layer in zip(rows, layers):
+        if layer.name != row.cells["layer"]:
+            renamed.append(row.where)
+        if layer.batch and not row.cells.get(COUNT):
+            uncounted.append(row.where)
+    if renamed:
+        warn(f"{renamed[0]}: blanks in a name become _ ({len(renamed)} such in all)")
+    if uncounted:
+        what = f"a BATCHED_GEMM without a count, which is taken as 1 ({len(uncounted)} such in all)"
+        warn(f"{uncounted[0]}: {what}")
+    if parallel == DLRM:
+        check_embedding(path, layers)
+    return layers
+
+
+def read_rows(path: Path, parallel: str) -> list[TableRow]:
+    """Return the lines below the header that are layers; UserError where there are none."""
     lines = table_lines(path)
     where, header = next(lines, (f"{path}:1", []))
     while header and not header[-1]:
         header.pop()  # the trailing comma of SCALE-Sim's files
     columns = read_header(where, header, parallel)
-    if minibatch > 1 and "m" in columns:
-        raise UserError(f"{where}: --minibatch={minibatch} with GEMMs, whose m counts the samples")
-    layers = []
-    renamed = []
+    rows = []
     for where, cells in lines:
         if "m" not in columns and not any(cells[1:]):
             warn(f"{where}: {shown(cells[0])} is taken for a title")
             continue
         check_cells(where, cells, header, columns)
-        row = TableRow(where, {name: cells[index] for name, index in columns.items()})
-        layer = read_layer(row, parallel, minibatch)
-        layers.append(layer)
-        if layer.name != row.cells["layer"]:
-            renamed.append(where)
-    if not layers:
+        rows.append(TableRow(where, {name: cells[index] for name, index in columns.items()}))
+    if not rows:
         raise UserError(f"{where}: no layers, expected one in each line below")
-    if renamed:
-        warn(f"{renamed[0]}: blanks in a name become _ ({len(renamed)} such in all)")
-    return layers
+    return rows
 
 
 def table_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -423,12 +453,12 @@ def column_names(header: list[str]) -> list[str]:
 def table_format(names: list[str]) -> tuple[list[str], list[str]]:
     """Return the columns that a table with these must have, and all that it may have."""
     if "ifmap height" not in names and "filter height" not in names:
-        return [*GEMM_COLUMNS], [*GEMM_COLUMNS, STRATEGY_COLUMN]
+        return [*GEMM_COLUMNS], [*GEMM_COLUMNS, TYPE, COUNT, STRATEGY_COLUMN]
     strides = ["strides"]
     if "strides" not in names and any(name in names for name in DIRECTED_STRIDES):
         strides = [*DIRECTED_STRIDES]
     needed = [*CONVOLUTION_COLUMNS, *strides]
-    return needed, [*needed, PADDING, STRATEGY_COLUMN, *DERIVED_COLUMNS]
+    return needed, [*needed, PADDING, GROUPS, STRATEGY_COLUMN, *DERIVED_COLUMNS]
 
 
 def check_cells(where: str, cells: list[str], header: list[str], columns: dict[str, int]) -> None:
@@ -449,15 +479,45 @@ def read_layer(row: TableRow, parallel: str, minibatch: int) -> Layer:
     name = "_".join(row.cells["layer"].split())
     if not name or not name.isprintable():
         raise UserError(f"{row.where}: layer name {shown(name)}, expected printable characters")
+    layer_type = read_type(row, parallel)
     strategy = parallel
     if parallel == CUSTOMIZED:
-        strategy = layer_strategy(row)
-    if "m" in row.cells:
-        return gemm_layer(name, strategy, row)
-    return convolution_layer(name, strategy, row, minibatch)
+        strategy = read_strategy(row)
+    elif parallel == DLRM:
+        strategy = "MODEL" if layer_type == "EMBEDDING" else "DATA"
+    if "m" not in row.cells:
+        return convolution_layer(name, strategy, row, minibatch)
+    m, n, k = row.size("m"), row.size("n"), row.size("k")
+    batch = read_batch(row, layer_type)
+    return Layer(name, row.where, layer_type, strategy, m, n, k, input_elements=m * k, batch=batch)
 
 
-def layer_strategy(row: TableRow) -> str:
+def check_embedding(path: Path, layers: list[Layer]) -> None:
+    """Refuse a table for HYBRID_DLRM without one embedding between two MLPs."""
+    embeddings = [layer for layer in layers if layer.type == "EMBEDDING"]
+    if not embeddings:
+        raise UserError(f"{path}:1: no layer of type EMBEDDING, expected one for {DLRM}")
+    if len(embeddings) > 1:
+        raise UserError(f"{embeddings[1].where}: another EMBEDDING, expected one for {DLRM}")
+    if embeddings[0] in (layers[0], layers[-1]):
+        where = embeddings[0].where
+        expected = "expected the bottom MLP above it and the top MLP below"
+        raise UserError(f"{where}: EMBEDDING at an end of the table, {expected}")
+
+
+def read_type(row: TableRow, parallel: str) -> str:
+    """Return a layer's type."""
+    cell = row.cells.get(TYPE, "")
+    layer_type = cell.upper() or "GEMM"
+    if layer_type not in TABLE_TYPES:
+        expected = suggestion(layer_type, TABLE_TYPES) or f"expected {', '.join(TABLE_TYPES)}"
+        raise UserError(f"{row.where}: unknown type {shown(cell)}, {expected}")
+    if layer_type == "EMBEDDING" and parallel != DLRM:
+        raise UserError(f"{row.where}: type EMBEDDING, expected --parallel={DLRM}")
+    return layer_type
+
+
+def read_strategy(row: TableRow) -> str:
     """Return a layer's own strategy."""
     cell = row.cells[STRATEGY_COLUMN]
     strategy = cell.upper().replace("HYBRD", "HYBRID")  # as the format was once described
@@ -467,16 +527,27 @@ def layer_strategy(row: TableRow) -> str:
     return strategy
 
 
-def gemm_layer(name: str, strategy: str, row: TableRow) -> Layer:
-    """Return the layer of a line with m, n and k."""
-    m, n, k = row.size("m"), row.size("n"), row.size("k")
-    return Layer(name, row.where, strategy, m, n, k, input_elements=m * k, minibatch=None)
+def read_batch(row: TableRow, layer_type: str) -> Batch | None:
+    """Return the count of a BATCHED_GEMM: 1 where there is none."""
+    cell = row.cells.get(COUNT, "")
+    if layer_type != "BATCHED_GEMM":
+        if cell:
+            raise UserError(f"{row.where}: count {shown(cell)} of a {layer_type}, expected none")
+        return None
+    if not cell:
+        return Batch(1, None)
+    samples, by, heads = re.sub("[X×]", "x", cell).partition("x")
+    numbers = [whole_number(samples.strip())]
+    if by:
+        numbers.append(whole_number(heads.strip()))
+    if not all(numbers):
+        expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
+        raise UserError(f"{row.where}: count is {shown(cell)}, {expected}")
+    return Batch(numbers[0] or 1, numbers[1] if by else None)
 
 
 def convolution_layer(name: str, strategy: str, row: TableRow, minibatch: int) -> Layer:
     """Return the GEMM of a convolution: a row for each output pixel, a column for each filter."""
-    if name.startswith("DP") or "_DP" in name:
-        raise UserError(f"{row.where}: {name}: depth-wise")
     height, width = row.size("ifmap height"), row.size("ifmap width")
     filter_height, filter_width = row.size("filter height"), row.size("filter width")
     channels, filters = row.size("channels"), row.size("num filter")
@@ -486,16 +557,34 @@ def convolution_layer(name: str, strategy: str, row: TableRow, minibatch: int) -
         stride_height, stride_width = row.size("stride height"), row.size("stride width")
     output_height = output_size(row, height, filter_height, stride_height)
     output_width = output_size(row, width, filter_width, stride_width)
+    groups = read_groups(name, row)
+    for column, size in (("channels", channels), ("num filter", filters)):
+        if size % groups:
+            raise UserError(
+                f"{row.where}: {column} is {size}, expected a multiple of {groups} groups"
+            )
     return Layer(
         name,
         row.where,
+        "GEMM",
         strategy,
         m=minibatch * output_height * output_width,
         n=filters,
-        k=filter_height * filter_width * channels,
+        k=filter_height * filter_width * channels // groups,
         input_elements=minibatch * height * width * channels,
         minibatch=minibatch,
+        groups=groups,
     )
+
+
+def read_groups(name: str, row: TableRow) -> int:
+    """Return the groups of a convolution; UserError where its name alone says depth-wise."""
+    if row.cells.get(GROUPS):
+        return row.size(GROUPS)
+    if re.search("(?<![A-Z])DP(?![A-Za-z])", name):
+        what = f"{name}: DP marks a depth-wise layer for SCALE-Sim"
+        raise UserError(f"{row.where}: {what}, expected its channels in a column Groups")
+    return 1
 
 
 def output_size(row: TableRow, ifmap: int, window: int, stride: int) -> int:
@@ -537,11 +626,46 @@ class LayerRule(NamedTuple):
     weight_gradient: PassRule
 
 
-GEMM_RULE = LayerRule(
-    forward=PassRule("m'", "n'", "k", Transfer("ALLGATHER", "outputs", "mp")),
-    input_gradient=PassRule("m'", "k", "n'", Transfer("REDUCESCATTER", "inputs", "mp")),
-    weight_gradient=PassRule("k", "n'", "m'", Transfer("ALLREDUCE", "weights", "dp")),
-)
+REDUCE_WEIGHTS = Transfer("ALLREDUCE", "weights", "dp")
+EXCHANGE_OUTPUTS = Transfer("ALLTOALL", "outputs", "mp")
+
+LAYER_TYPES = {
+    "GEMM": LayerRule(
+        forward=PassRule("m'", "n'", "k", Transfer("ALLGATHER", "outputs", "mp")),
+        input_gradient=PassRule("m'", "k", "n'", Transfer("REDUCESCATTER", "inputs", "mp")),
+        weight_gradient=PassRule("k", "n'", "m'", REDUCE_WEIGHTS),
+    ),
+    # The halves of Megatron-LM's tensor parallelism (Shoeybi et al. 2019).
+    "COLUMN_PARALLEL": LayerRule(
+        forward=PassRule("m'", "n'", "k", None),
+        input_gradient=PassRule("m'", "k", "n'", Transfer("ALLREDUCE", "inputs", "mp")),
+        weight_gradient=PassRule("k", "n'", "m'", REDUCE_WEIGHTS),
+    ),
+    "ROW_PARALLEL": LayerRule(
+        forward=PassRule("m'", "n", "k'", Transfer("ALLREDUCE", "outputs", "mp")),
+        input_gradient=PassRule("m'", "k'", "n", None),
+        weight_gradient=PassRule("k'", "n", "m'", REDUCE_WEIGHTS),
+    ),
+    # Products of activations, as in attention: each NPU has some of them whole.
+    "BATCHED_GEMM": LayerRule(
+        forward=PassRule("m", "n", "k", None),
+        input_gradient=PassRule("m", "k", "n", None),
+        weight_gradient=PassRule("k", "n", "m", None),
+    ),
+    # A convolution of which each NPU has some groups whole.
+    "GROUPED": LayerRule(
+        forward=PassRule("m'", "n/g", "k", Transfer("ALLGATHER", "outputs", "mp")),
+        input_gradient=PassRule("m'", "k", "n/g", None),
+        weight_gradient=PassRule("k", "n/g", "m'", REDUCE_WEIGHTS),
+    ),
+    # Tables of embeddings, cut by columns; k look-ups for each sample and column.
+    "EMBEDDING": LayerRule(
+        forward=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS),
+        input_gradient=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS),
+        weight_gradient=PassRule("m", "n'", "k", None),
+    ),
+}
+TABLE_TYPES = [name for name in LAYER_TYPES if name != "GROUPED"]  # which is a matter of groups
 
 
 def plan_layer(layer: Layer, settings: Settings) -> LayerPlan:
@@ -549,24 +673,51 @@ def plan_layer(layer: Layer, settings: Settings) -> LayerPlan:
     strategy = STRATEGIES[layer.strategy]
     dp = group_size(strategy.split_m, settings.network)
     mp = group_size(strategy.split_n, settings.network)
-    m_share = cut(layer.m, dp, settings.shard_rounding)
-    n_share = cut(layer.n, mp, settings.shard_rounding)
-    sizes = {"m": layer.m, "n": layer.n, "k": layer.k, "m'": m_share, "n'": n_share}
+    has_whole_groups = layer.groups > 1 and layer.groups >= mp
+    rule = LAYER_TYPES["GROUPED" if has_whole_groups else layer.type]
+    sizes = {"m": layer.m, "n": layer.n, "k": layer.k, "n/g": layer.n // layer.groups}
+    splits = []
+    for name, size, parts in (("m", layer.m, dp), ("n", layer.n, mp), ("k", layer.k, mp)):
+        sizes[f"{name}'"] = cut(size, parts, settings.shard_rounding)
+        if f"{name}'" in rule.forward[:3]:
+            splits.append(Split(name, size, parts, sizes[f"{name}'"]))
+    counts = split_counts(layer, dp, mp, has_whole_groups)
+    repeats = math.prod(split.share for split in counts)
 
-    def plan_pass(name: str, rule: PassRule) -> Pass:
-        gemm = Gemm(sizes[rule.rows], sizes[rule.columns], sizes[rule.reduction])
-        collective = plan_collective(rule.transfer, layer, dp, mp, settings.datatype_size)
-        return Pass(name, 1, gemm, collective)
+    def plan_pass(name: str, pass_rule: PassRule, accesses: int) -> Pass:
+        gemm = Gemm(sizes[pass_rule.rows], sizes[pass_rule.columns], sizes[pass_rule.reduction])
+        return Pass(
+            name,
+            repeats,
+            gemm,
+            accesses * math.prod(gemm) if layer.type == "EMBEDDING" else None,
+            plan_collective(pass_rule.transfer, layer, dp, mp, settings.datatype_size),
+        )
 
     return LayerPlan(
         layer,
         dp,
         mp,
-        splits=[Split("m", layer.m, dp, m_share), Split("n", layer.n, mp, n_share)],
-        forward=plan_pass("forward", GEMM_RULE.forward),
-        input_gradient=plan_pass("input gradient", GEMM_RULE.input_gradient),
-        weight_gradient=plan_pass("weight gradient", GEMM_RULE.weight_gradient),
+        splits + counts,
+        forward=plan_pass("forward", rule.forward, accesses=1),
+        input_gradient=plan_pass("input gradient", rule.input_gradient, accesses=0),
+        weight_gradient=plan_pass("weight gradient", rule.weight_gradient, accesses=2),
     )
+
+
+def split_counts(layer: Layer, dp: int, mp: int, has_whole_groups: bool) -> list[Split]:
+    """Return how the products of a layer that consists of several are split over NPUs.
+
+    The NPU that is timed has the most of them, whatever the rounding of sizes.
+    """
+    numbers = []
+    if has_whole_groups:
+        numbers = [("groups", layer.groups, mp)]
+    elif layer.batch and layer.batch.heads is None:
+        numbers = [("count", layer.batch.samples, dp * mp)]
+    elif layer.batch and layer.batch.heads:
+        numbers = [("samples", layer.batch.samples, dp), ("heads", layer.batch.heads, mp)]
+    return [Split(name, number, parts, cut(number, parts, "up")) for name, number, parts in numbers]
 
 
 def plan_collective(
@@ -610,11 +761,15 @@ def cut(size: int, parts: int, rounding: str) -> int:
     return max(1, size // parts)
 
 
-def check_plans(plans: list[LayerPlan]) -> None:
+def check_plans(plans: list[LayerPlan], packages: int) -> None:
     """Warn of what may surprise; UserError for a collective that ASTRA-sim can't run."""
     check_small_collectives(plans)
+    check_large_collectives(plans, packages)
     check_lone_collectives(plans)
     check_uneven_sizes(plans)
+    check_images(plans)
+    check_groups(plans)
+    check_neighbours(plans)
 
 
 def check_small_collectives(plans: list[LayerPlan]) -> None:
@@ -632,6 +787,24 @@ def check_small_collectives(plans: list[LayerPlan]) -> None:
     if small:
         count = f"({len(small)} such in all)"
         warn(f"{small[0]} {count}, ASTRA-sim may never end, expected 4 or more")
+
+
+def check_large_collectives(plans: list[LayerPlan], packages: int) -> None:
+    """Warn of collectives too large for ASTRA-sim 1.0, which counts a quarter in 31 bits."""
+    large = []
+    for plan in plans:
+        for layer_pass in plan.passes:
+            collective = layer_pass.collective
+            if collective and collective.members > 1:
+                counted = collective.bytes
+                if collective.kind == "ALLGATHER":
+                    counted *= packages
+                if counted >= 1 << 33:
+                    what = f"the {collective.kind} of {plan.layer.name}, {layer_pass.name} pass"
+                    large.append(f"{plan.layer.where}: {what}, is of {collective.bytes:,} bytes")
+    if large:
+        count = f"({len(large)} such in all)"
+        warn(f"{large[0]} {count}, too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
 
 
 def check_lone_collectives(plans: list[LayerPlan]) -> None:
@@ -658,10 +831,72 @@ def check_uneven_sizes(plans: list[LayerPlan]) -> None:
         layers = names[0]
         if len(names) > 1:
             layers += f" and {len(names) - 1} more layers"
-        name, size, parts, share = split
-        warn(f"{layers}: {name} = {size} does not divide by {parts}, one NPU is timed with {share}")
+        problem = f"does not divide by {split.parts}"
+        if split.size < split.parts:
+            problem = f"is less than {split.parts} NPUs, some of which have none"
+        timed = f"one NPU is timed with {split.share}"
+        warn(f"{layers}: {split.name} = {split.size} {problem}, {timed}")
     if len(layers_by_split) > 8:
         warn(f"{len(layers_by_split) - 8} more sizes do not divide")
+
+
+def check_images(plans: list[LayerPlan]) -> None:
+    """Warn of convolutions of which an NPU has less than an image."""
+    for plan in plans:
+        images = plan.layer.minibatch
+        if images is not None and images < plan.dp:
+            what = f"{plural(images, 'image')} over {plan.dp} NPUs, so that pixels of an image are"
+            warn(f"{plan.layer.name}: {what} split; --minibatch gives the images of all NPUs")
+            return
+
+
+def check_groups(plans: list[LayerPlan]) -> None:
+    """Warn of convolutions with fewer groups than NPUs that split their filters."""
+    for plan in plans:
+        groups = plan.layer.groups
+        if 1 < groups < plan.mp:
+            what = f"{groups} groups are fewer than the {plan.mp} NPUs that split the filters"
+            warn(f"{plan.layer.name}: {what}: its collectives are an upper bound")
+            return
+
+
+# What a layer leaves on its NPU is what the next one takes, and the other way round for gradients.
+FITTING_TYPES = [
+    ("COLUMN_PARALLEL", "ROW_PARALLEL"),
+    ("COLUMN_PARALLEL", "BATCHED_GEMM"),
+    ("BATCHED_GEMM", "BATCHED_GEMM"),
+    ("BATCHED_GEMM", "ROW_PARALLEL"),
+    ("ROW_PARALLEL", "COLUMN_PARALLEL"),
+]
+
+
+def check_neighbours(plans: list[LayerPlan]) -> None:
+    """Warn of neighbours between which a collective is missing, which no type stands for."""
+    unfitting = []
+    for index in range(1, len(plans)):
+        problem = missing_collective(plans[index - 1], plans[index])
+        if problem:
+            unfitting.append(f"{plans[index].layer.where}: {problem}")
+    if unfitting:
+        warn(f"{unfitting[0]}, which is not written ({len(unfitting)} such in all)")
+
+
+def missing_collective(before: LayerPlan, after: LayerPlan) -> str:
+    """Return what two neighbours lack; empty where they fit, or where nothing is split."""
+    first, second = before.layer, after.layer
+    types = first.type, second.type
+    pair = f"{first.name} ({first.type}) before {second.name} ({second.type})"
+    if types == ("GEMM", "GEMM") or "EMBEDDING" in types:
+        return ""
+    if first.strategy != second.strategy:
+        return f"{pair} of another strategy lacks a resharding"
+    siblings = types == ("COLUMN_PARALLEL", "COLUMN_PARALLEL")
+    siblings = siblings and (first.m, first.k) == (second.m, second.k)
+    if before.mp == 1 or first.type == "GEMM" or types in FITTING_TYPES or siblings:
+        return ""
+    if first.type == "ROW_PARALLEL":
+        return f"{pair} lacks a collective of the gradient"
+    return f"{pair} lacks an ALLGATHER"
 
 
 # --- The accelerator: SCALE-Sim's config
@@ -734,6 +969,7 @@ class Architecture(NamedTuple):
     columns: int
     dataflow: str  # os, ws or is
     bandwidth_mode: str  # CALC, or USER: SCALE-Sim then counts waits for the memory
+    bandwidth: int  # of the memory, elements a cycle
 
 
 def read_architecture(path: Path | None) -> Architecture:
@@ -773,6 +1009,7 @@ def read_architecture(path: Path | None) -> Architecture:
         columns=int(presets["ArrayWidth"]),
         dataflow=presets["Dataflow"],
         bandwidth_mode=mode,
+        bandwidth=int(presets["Bandwidth"].partition(",")[0]),
     )
 
 
@@ -888,7 +1125,7 @@ def distinct_jobs(plans: list[LayerPlan], array: Architecture) -> list[Job]:
     for plan in plans:
         for layer_pass in plan.passes:
             gemm = layer_pass.gemm
-            if gemm not in jobs:
+            if gemm not in jobs and layer_pass.accesses is None:
                 first_use = f"layer {plan.layer.name}, {layer_pass.name} pass"
                 cycles = analytical_cycles(gemm, array)
                 memory = estimated_memory(gemm, array)
@@ -940,6 +1177,8 @@ def operand_elements(gemm: Gemm) -> int:
 class AnalyticalModel:
     """Cycles by SCALE-Sim's formula."""
 
+    version = title = "analytical"
+
     def forecast(self, _: list[Job]) -> list[str]:
         """Return what a dry run adds of the cost: nothing, as there is none."""
         return []
@@ -957,20 +1196,24 @@ class SimulatedModel:
         self.scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text)
         warn_of_lacking_keys(self.scalesim, architecture.lacking)
         self.cache = Cache(settings.cache_dir, self.scalesim)
+        self.version = str(self.scalesim.version)
+        self.title = f"SCALE-Sim v{self.version}"
 
     def forecast(self, jobs: list[Job]) -> list[str]:
         """Return what a dry run says of the cost."""
         new = [job for job in jobs if not self.cache.load(job.gemm)]
         cycles = sum(job.cycles for job in new)
-        memory = max((job.memory for job in new), default=0)
-        free = available_memory()
-        slots = self.settings.jobs
-        return [
-            f"{len(jobs) - len(new)} in the cache, {len(new)} to simulate:"
-            f" {cycles:,} estimated cycles",
-            f"largest simulation: {memory / 1e9:,.1f} GB estimated, {free / 1e9:,.1f} GB free",
-            f"time with --jobs={slots}: {estimated_range(new, slots, free)} estimated",
-        ]
+        cost = f"{len(new)} to simulate: {cycles:,} estimated cycles"
+        lines = [f"{len(jobs) - len(new)} in the cache, {cost}"]
+        if new:
+            slots, free = self.settings.jobs, available_memory()
+            largest = max(new, key=lambda job: job.memory)
+            memory = f"{gigabytes(largest.memory)} estimated, {gigabytes(free)} free"
+            if largest.memory > free:
+                memory += f": GEMM {largest.gemm} ({largest.first_use}) would be killed"
+            lines.append(f"largest simulation: {memory}")
+            lines.append(f"time with --jobs={slots}: {estimated_range(new, slots, free)} estimated")
+        return lines
 
     def run(self, jobs: list[Job]) -> tuple[Cycles, str]:
         """Return each GEMM's cycles, and where they come from; UserError when SCALE-Sim fails."""
@@ -999,11 +1242,11 @@ class SimulatedModel:
         if self.settings.dask_scheduler:
             slots, memory = len(jobs), math.inf  # its workers know their own
             pool = dask_pool(self.scalesim, self.settings.dask_scheduler)
-        warn_of_memory(jobs, memory)
+        check_memory(jobs, memory, slots)
         cycles: Cycles = {}
-        progress = progress_bar(jobs, estimated_range(jobs, slots, memory))
+        progress = Progress(jobs, estimated_range(jobs, slots, memory))
         try:
-            with pool as submit, progress:
+            with pool as submit, progress.bar:
                 for running, finished in run_side_by_side(submit, jobs, slots, memory):
                     for job, future in finished.items():
                         simulation = future.result()
@@ -1011,8 +1254,7 @@ class SimulatedModel:
                         cycles[job.gemm] = checked_cycles(simulation, job, self.scalesim, folder)
                         self.cache.store(job.gemm, simulation.files)
                         write_files(folder, simulation.files)
-                        progress.update(job.seconds)
-                    show_progress(progress, len(cycles), list(running), len(jobs))
+                    progress.show(list(finished), list(running))
         except KeyboardInterrupt:
             done = f"{len(cycles)} of {len(jobs)} GEMMs are finished"
             print_message("interrupted", f"{done}, cache: {self.cache.folder}")
@@ -1020,7 +1262,10 @@ class SimulatedModel:
         return cycles
 
 
-def cycle_model(settings: Settings, architecture: Architecture) -> AnalyticalModel | SimulatedModel:
+CycleModel = AnalyticalModel | SimulatedModel
+
+
+def cycle_model(settings: Settings, architecture: Architecture) -> CycleModel:
     """Return what turns GEMMs into cycles; UserError where there is no SCALE-Sim."""
     if settings.cycle_model == "simulated":
         return SimulatedModel(settings, architecture)
@@ -1332,15 +1577,22 @@ def available_memory() -> float:
     return max(0, available)
 
 
-def warn_of_memory(jobs: list[Job], memory: float) -> None:
-    """Warn of the largest simulation, where it needs more memory than there is."""
+def check_memory(jobs: list[Job], memory: float, slots: int) -> None:
+    """Refuse a simulation that needs more memory than there is; one at a time, only warn."""
     largest = max(jobs, key=lambda job: job.memory)
-    if largest.memory > memory:
-        needs = f"needs about {largest.memory / 1e9:,.1f} GB of memory"
-        warn(
-            f"GEMM {largest.gemm} ({largest.first_use}) {needs}, {memory / 1e9:,.1f} GB is free;"
-            " it may be killed, try --cycle_model=analytical"
-        )
+    if largest.memory <= memory:
+        return
+    needs = f"needs about {gigabytes(largest.memory)} of memory, {gigabytes(memory)} is free"
+    problem = f"GEMM {largest.gemm} ({largest.first_use}) {needs}"
+    if slots > 1:
+        options = "--cycle_model=analytical needs none, --jobs=1 tries it all the same"
+        raise UserError(f"{problem}; {options}")
+    warn(f"{problem}; it may be killed, try --cycle_model=analytical")
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes for people."""
+    return f"{size / 1e9:,.1f} GB"
 
 
 def estimated_range(jobs: list[Job], slots: float, memory: float) -> str:
@@ -1445,39 +1697,78 @@ def next_job(waiting: list[Job], free: float, alone: bool) -> Job | None:
     return waiting[0] if waiting and alone else None
 
 
-def progress_bar(jobs: list[Job], time_range: str) -> tqdm[Any]:
-    """Return a bar of the seconds that are estimated, for a terminal only."""
-    layout = "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-    return tqdm(
-        desc=f"1/{len(jobs)}",
-        total=sum(job.seconds for job in jobs),
-        bar_format=f"{layout} of {time_range}{{postfix}}",
-        smoothing=0,
-        disable=None,
-        leave=False,
-    )
+class Progress:
+    """Says how far simulations are: in a line at the start, and in a bar or a line a minute."""
 
+    def __init__(self, jobs: list[Job], time_range: str) -> None:
+        self.number = len(jobs)
+        self.finished = 0
+        self.started = self.last_line = time.monotonic()
+        memory = gigabytes(max(job.memory for job in jobs))
+        what = f"{plural(self.number, 'GEMM')}, {time_range}, up to {memory} of memory each"
+        print_message("simulating", what)
+        layout = "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+        self.bar = tqdm(
+            desc=f"1/{self.number}",
+            total=sum(job.seconds for job in jobs),
+            bar_format=f"{layout} of {time_range}{{postfix}}",
+            smoothing=0,
+            disable=None,  # where stderr is no terminal
+            leave=False,
+        )
 
-def show_progress(progress: tqdm[Any], finished: int, running: list[Job], jobs: int) -> None:
-    """Say in the bar how many GEMMs have begun, and which has run longest."""
-    progress.set_description_str(f"{finished + len(running)}/{jobs}")
-    postfix = ""
-    if running:
-        postfix = f"{running[0].gemm}, {running[0].first_use}"
-    progress.set_postfix_str(postfix)
+    def show(self, finished: list[Job], running: list[Job]) -> None:
+        """Say what has finished since the last call, and what runs."""
+        self.finished += len(finished)
+        self.bar.update(sum(job.seconds for job in finished))
+        self.bar.set_description_str(f"{self.finished + len(running)}/{self.number}")
+        longest = f"{running[0].gemm}, {running[0].first_use}" if running else ""
+        self.bar.set_postfix_str(longest)
+        now = time.monotonic()
+        if self.bar.disable and now > self.last_line + 60:
+            self.last_line = now
+            done = f"{self.finished} of {self.number} GEMMs are finished"
+            print_message("simulating", f"{done} after {duration(now - self.started)}")
 
 
 # --- Times and totals
 
 
+class Clock(NamedTuple):
+    """In which unit a file has its compute times."""
+
+    unit: str  # cycles, ns or us
+    mhz: float | None
+
+    @property
+    def cycle_length(self) -> Fraction:
+        """How long a cycle is in this unit."""
+        if self.unit == "cycles":
+            return Fraction(1)
+        microseconds = 1 / Fraction(str(self.mhz))
+        return microseconds if self.unit == "us" else 1000 * microseconds
+
+    def time(self, cycles: int) -> int:
+        """Return cycles in this unit, to the nearest whole number, but not to 0."""
+        if cycles == 0:
+            return 0
+        return max(1, round(cycles * self.cycle_length))
+
+
 def timed_layers(
-    plans: list[LayerPlan], cycles: Cycles, unit: str, clock_mhz: float | None
+    plans: list[LayerPlan], gemm_cycles: Cycles, bandwidth: int, clock: Clock
 ) -> list[TimedLayer]:
-    """Return each layer with its passes' times in `unit`; warn where rounding moves a total."""
+    """Return each layer with the cycles and times of its passes.
+
+    A look-up is bound by the memory: an embedding moves `bandwidth` elements in a cycle.
+    """
 
     def timed(plan: LayerPlan, layer_pass: Pass) -> Row:
-        count = layer_pass.repeats * cycles[layer_pass.gemm]
-        return Row(plan, layer_pass, count, time_in(count, unit, clock_mhz))
+        if layer_pass.accesses is None:
+            cycles = layer_pass.repeats * gemm_cycles[layer_pass.gemm]
+        else:
+            cycles = -(-layer_pass.accesses // bandwidth)
+        return Row(plan, layer_pass, cycles, clock.time(cycles))
 
     layers = []
     for plan in plans:
@@ -1488,35 +1779,22 @@ def timed_layers(
     return layers
 
 
-def time_in(cycles: int, unit: str, clock_mhz: float | None) -> int:
-    """Return cycles in `unit`, to the nearest whole number, but not to 0."""
-    if unit == "cycles" or cycles == 0:
-        return cycles
-    return max(1, round(cycles * cycle_length(unit, clock_mhz)))
-
-
-def cycle_length(unit: str, clock_mhz: float | None) -> Fraction:
-    """Return how long a cycle is, in ns or us."""
-    in_microseconds = 1 / Fraction(str(clock_mhz))
-    return in_microseconds if unit == "us" else 1000 * in_microseconds
-
-
 def all_rows(layers: list[TimedLayer]) -> list[Row]:
     """Return the passes of all layers, in the order of layers.csv."""
     return [row for layer in layers for row in layer.rows]
 
 
-def warn_of_rounding(rows: list[Row], unit: str, clock_mhz: float | None) -> None:
+def warn_of_rounding(rows: list[Row], clock: Clock) -> None:
     """Warn where rounding to whole ns or us moves the total of a pass by more than 1 %."""
-    if unit == "cycles":
-        return
+    unit = "us, which are all that a trace holds," if clock.unit == "us" else clock.unit
     for name in PASS_FILES:
         cycles = sum(row.cycles for row in rows if row.layer_pass.name == name)
         written = sum(row.time for row in rows if row.layer_pass.name == name)
-        change = float(written / (cycles * cycle_length(unit, clock_mhz)) - 1)
-        if abs(change) > 0.01:
-            what = f"the compute time of the {name} pass by {change:+.1%}"
-            warn(f"--time_unit={unit}: rounding moves {what}")
+        if cycles:
+            change = float(written / (cycles * clock.cycle_length) - 1)
+            if abs(change) > 0.01:
+                what = f"moves the compute time of the {name} pass by {change:+.1%}"
+                warn(f"rounding to whole {unit} {what}")
 
 
 def total_times(rows: list[Row]) -> dict[str, int]:
@@ -1535,6 +1813,21 @@ class CollectiveTotal(NamedTuple):
     bytes: int
 
 
+def sent_bytes(collective: Collective | None) -> int:
+    """Return what an NPU of a group of g sends, rounded down, where each NPU sends the least.
+
+    To all others its share of an ALLGATHER; of a buffer the parts of the g - 1 others, in an
+    ALLREDUCE, which reduces and then gathers, twice.
+    """
+    if not collective:
+        return 0
+    others = collective.members - 1
+    if collective.kind == "ALLGATHER":
+        return others * collective.bytes
+    passes = 2 if collective.kind == "ALLREDUCE" else 1
+    return passes * others * collective.bytes // collective.members
+
+
 def total_collectives(rows: list[Row]) -> dict[str, CollectiveTotal]:
     """Return the number and bytes of each kind of collective, without those of one member."""
     totals = {kind: CollectiveTotal(0, 0) for kind in COLLECTIVE_TYPES}
@@ -1551,7 +1844,12 @@ def total_collectives(rows: list[Row]) -> dict[str, CollectiveTotal]:
 
 def workload_text(layers: list[TimedLayer], parallel: str, update_time: int) -> str:
     """Return the workload file: compute times, and collectives in bytes."""
-    lines = [parallel, str(len(layers))]
+    first_line = parallel
+    if parallel == DLRM:
+        position = embedding_position(layers)
+        layers = [layers[position], *layers[:position], *layers[position + 1 :]]
+        first_line = f"{DLRM}\t{position}"  # the index of the last bottom layer
+    lines = [first_line, str(len(layers))]
     for layer in layers:
         words: list[object] = [layer.plan.layer.name, -1]
         for row in layer.rows:
@@ -1561,6 +1859,12 @@ def workload_text(layers: list[TimedLayer], parallel: str, update_time: int) -> 
             words.append(layer.plan.layer.strategy)
         lines.append("\t".join(str(word) for word in words))
     return "\n".join(lines) + "\n"
+
+
+def embedding_position(layers: list[TimedLayer]) -> int:
+    """Return how many layers stand above the embedding."""
+    types = [layer.plan.layer.type for layer in layers]
+    return types.index("EMBEDDING")
 
 
 def written_collective(collective: Collective | None) -> tuple[str, int]:
@@ -1578,46 +1882,81 @@ def chakra_trace(
 ) -> bytes:
     """Return the execution trace of any NPU, ASTRA-sim 1.0's training loop; times are us."""
     trace = TraceWriter(network)
-    backward = data_backward if parallel == "DATA" else model_backward
-    updated: list[Nodes] = [[] for _ in layers]  # after which a layer has its new weights
+    add_step = {"DATA": data_step, DLRM: dlrm_step}.get(parallel, model_step)
+    updated: list[Nodes] = [[] for _ in layers]  # what a layer's next step waits for
     for _ in range(num_passes):
-        before: Nodes = []
-        for index, layer in enumerate(layers):
-            computed = trace.compute(layer.forward, before + updated[index])
-            before = trace.communicate(layer.forward, computed)
-        for index, layer in reversed(list(enumerate(layers))):
-            before, updated[index] = backward(trace, layer, before, is_first=index == 0)
+        updated = add_step(trace, layers, updated)
     return trace.stream.getvalue()
 
 
-def data_backward(
-    trace: TraceWriter, layer: TimedLayer, before: Nodes, is_first: bool
-) -> tuple[Nodes, Nodes]:
-    """Add DATA's backward pass of a layer; return what the next layer and the next step wait for.
+def data_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes]) -> list[Nodes]:
+    """Add a training step of DATA; return what the next step's layers wait for."""
+    before = add_forward(trace, layers, updated, [])
+    first, *others = layers
+    before, others_updated = add_data_backward(trace, others, before)
+    computed = trace.compute(first.weight_gradient, before)  # there is nothing before it
+    return [trace.communicate(first.weight_gradient, computed), *others_updated]
 
-    The weight gradient comes first, and its collective runs beside all that follows.
+
+def model_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes]) -> list[Nodes]:
+    """Add a training step of the other strategies; return what the next step's layers wait for.
+
+    Backward the input gradient comes first; its collective runs beside the weight gradient.
     """
-    computed = trace.compute(layer.weight_gradient, before)
-    updated = trace.communicate(layer.weight_gradient, computed)
-    if is_first:
-        return computed, updated
-    return trace.compute(layer.input_gradient, computed), updated
+    before = add_forward(trace, layers, updated, [])
+    next_updated: list[Nodes] = []
+    for layer in reversed(layers):
+        gradient = trace.compute(layer.input_gradient, before)
+        reduced = gradient
+        if layer is not layers[0]:  # there is nothing before it
+            reduced = trace.communicate(layer.input_gradient, gradient)
+        computed = trace.compute(layer.weight_gradient, gradient)
+        next_updated.insert(0, trace.communicate(layer.weight_gradient, computed))
+        before = reduced + computed
+    return next_updated
 
 
-def model_backward(
-    trace: TraceWriter, layer: TimedLayer, before: Nodes, is_first: bool
-) -> tuple[Nodes, Nodes]:
-    """Add the other strategies' backward pass of a layer; return as data_backward.
+def dlrm_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes]) -> list[Nodes]:
+    """Add a training step of a DLRM; return what the next step's layers wait for.
 
-    The input gradient comes first, and its collective runs beside the weight gradient.
+    The embedding's ALLTOALLs run beside the bottom MLP, forward and backward.
     """
-    gradient = trace.compute(layer.input_gradient, before)
-    reduced = gradient
-    if not is_first:
-        reduced = trace.communicate(layer.input_gradient, gradient)
-    computed = trace.compute(layer.weight_gradient, gradient)
-    updated = trace.communicate(layer.weight_gradient, computed)
-    return reduced + computed, updated
+    position = embedding_position(layers)
+    bottom, embedding, top = layers[:position], layers[position], layers[position + 1 :]
+    looked_up = trace.compute(embedding.forward, updated[position])
+    exchanged = trace.communicate(embedding.forward, looked_up)
+    before = add_forward(trace, bottom, updated[:position], looked_up)
+    before = add_forward(trace, top, updated[position + 1 :], before + exchanged)
+    before, top_updated = add_data_backward(trace, top, before)
+    exchanged = trace.communicate(embedding.input_gradient, before)
+    before, bottom_updated = add_data_backward(trace, bottom, before)
+    embedding_updated = trace.compute(embedding.weight_gradient, before + exchanged)
+    return [*bottom_updated, embedding_updated, *top_updated]
+
+
+def add_forward(
+    trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes], before: Nodes
+) -> Nodes:
+    """Add the forward pass of layers; return the nodes that end it."""
+    for layer, layer_updated in zip(layers, updated):
+        computed = trace.compute(layer.forward, before + layer_updated)
+        before = trace.communicate(layer.forward, computed)
+    return before
+
+
+def add_data_backward(
+    trace: TraceWriter, layers: list[TimedLayer], before: Nodes
+) -> tuple[Nodes, list[Nodes]]:
+    """Add DATA's backward pass of layers; return the nodes that end it and each layer's update.
+
+    The weight gradient comes first; its collective runs beside all that follows.
+    """
+    updated: list[Nodes] = []
+    for layer in reversed(layers):
+        computed = trace.compute(layer.weight_gradient, before)
+        updated.insert(0, trace.communicate(layer.weight_gradient, computed))
+        before = trace.compute(layer.input_gradient, computed)
+    return before, updated
 
 
 COMP_NODE, COMM_COLL_NODE = 4, 7  # Chakra's node types
@@ -1634,7 +1973,9 @@ class TraceWriter:
         self.write(self.messages["GlobalMetadata"](version="0.0.4"), self.stream)
 
     def compute(self, row: Row, after: Nodes) -> Nodes:
-        """Add the computing of a pass; return the nodes that end with it."""
+        """Add the computing of a pass, if it takes time; return the nodes that end with it."""
+        if row.time == 0:
+            return after
         node = self.new_node(row, after)
         node.type = COMP_NODE
         with fits_into_64_bits(row):
@@ -1730,7 +2071,9 @@ def chakra_messages() -> tuple[dict[str, Any], Callable[[Any, io.BytesIO], None]
 
 # --- What people read: layers.csv, the summary, the printed table
 
-LAYERS_HEADER = "layer,strategy,dp,mp,pass,M,N,K,cycles,collective,bytes,members\n"
+LAYERS_HEADER = (
+    "layer,type,strategy,dp,mp,pass,count,M,N,K,cycles,collective,bytes,members,sent_bytes\n"
+)
 
 
 def layers_table(rows: list[Row]) -> str:
@@ -1739,14 +2082,11 @@ def layers_table(rows: list[Row]) -> str:
     for row in rows:
         plan, layer_pass = row.plan, row.layer_pass
         layer, collective = plan.layer, layer_pass.collective
-        members = collective.members if collective else 1
-        lines.append(
-            [
-                *(layer.name, layer.strategy, plan.dp, plan.mp),
-                *(layer_pass.name, *layer_pass.gemm, row.cycles),
-                *(*written_collective(collective), members),
-            ]
-        )
+        line: list[object] = [layer.name, layer.type, layer.strategy, plan.dp, plan.mp]
+        line += [layer_pass.name, layer_pass.repeats, *layer_pass.gemm, row.cycles]
+        line += written_collective(collective)
+        line += [collective.members if collective else 1, sent_bytes(collective)]
+        lines.append(line)
     return LAYERS_HEADER + csv_text(lines)
 
 
@@ -1757,7 +2097,7 @@ def csv_text(lines: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-SUMMARY_FLAGS = (
+SUMMARY_COLUMNS = (
     "mnk",
     "parallel",
     "num_npus",
@@ -1767,9 +2107,6 @@ SUMMARY_FLAGS = (
     "cycle_model",
     "time_unit",
     "clock_mhz",
-)
-SUMMARY_COLUMNS = (
-    *SUMMARY_FLAGS,
     "compute_forward",
     "compute_input_gradient",
     "compute_weight_gradient",
@@ -1780,51 +2117,96 @@ SUMMARY_COLUMNS = (
     "reducescatter_bytes",
     "allreduce_count",
     "allreduce_bytes",
+    "alltoall_count",
+    "alltoall_bytes",
+    "sent_bytes",
     "distinct_gemms",
     "output_file",
+    "run_name",
+    "shard_rounding",
+    "scalesim_version",
+    "array",
+    "dataflow",
 )
 
 
-def summary_line(rows: list[Row], settings: Settings) -> str:
-    """Return this run's line of the summary."""
-    values = {name: getattr(settings, name) for name in SUMMARY_FLAGS}
+def summary_line(
+    rows: list[Row], settings: Settings, architecture: Architecture, model: CycleModel
+) -> str:
+    """Return this run's line of the summary: what of its settings and results is a column."""
+    values = settings._asdict()
     if rows[0].plan.layer.minibatch is None:
         values["minibatch"] = None  # a table of GEMMs
-    totals = total_times(rows)
-    values["compute_forward"] = totals["forward"]
-    values["compute_input_gradient"] = totals["input gradient"]
-    values["compute_weight_gradient"] = totals["weight gradient"]
-    values["compute_all"] = totals["all passes"]
+    values["scalesim_version"] = model.version
+    values["array"] = f"{architecture.rows}x{architecture.columns}"
+    values["dataflow"] = architecture.dataflow
+    for name, total_time in total_times(rows).items():
+        values[f"compute_{name.replace(' ', '_')}"] = total_time
+    values["compute_all"] = values.pop("compute_all_passes")
     for kind, total in total_collectives(rows).items():
         values[f"{kind.lower()}_count"] = total.number
         values[f"{kind.lower()}_bytes"] = total.bytes
-    values["distinct_gemms"] = len({row.layer_pass.gemm for row in rows})
-    values["output_file"] = settings.output_file
+    values["sent_bytes"] = sum(sent_bytes(row.layer_pass.collective) for row in rows)
+    gemms = {row.layer_pass.gemm for row in rows if row.layer_pass.accesses is None}
+    values["distinct_gemms"] = len(gemms)
     return csv_text([[values[name] for name in SUMMARY_COLUMNS]])
 
 
-def result_table(layers: list[TimedLayer], unit: str, show_strategies: bool) -> list[str]:
+def run_title(
+    settings: Settings, plans: list[LayerPlan], architecture: Architecture, model: CycleModel
+) -> str:
+    """Return in a line what a run is about: the system, and the accelerator."""
+    system = f"{settings.parallel} on {plural(settings.num_npus, 'NPU')}"
+    system += f" in {plural(settings.num_packages, 'package')}"
+    degrees = {(plan.dp, plan.mp) for plan in plans}
+    if len(degrees) == 1:
+        dp, mp = degrees.pop()
+        system += f", dp {dp} x mp {mp}"
+    accelerator = f"{architecture.rows} x {architecture.columns} array, {architecture.dataflow}"
+    accelerator += f", {model.title}"
+    if settings.clock_mhz:
+        accelerator += f", {settings.clock_mhz:g} MHz"
+    return f"{system}; {accelerator}"
+
+
+def result_table(layers: list[TimedLayer], settings: Settings) -> list[str]:
     """Return what one NPU does in each layer, and in a training step."""
-    lines = [("layer", "pass", "GEMM of one NPU", unit, "collective", "bytes")]
+    unit = settings.time_unit
+    times = ["cycles", unit] if unit != "cycles" else ["cycles"]
+    lines = [["layer", "pass", "GEMM of one NPU", *times, "collective", "bytes"]]
     for alike in merged_layers(layers):
-        labels = [alike[0].plan.layer.name, "", ""]
-        if len(alike) > 1:
-            labels[0] = f"{len(alike)} × {labels[0]} ... {alike[-1].plan.layer.name}"
-        if alike[0].plan.uneven_splits:
-            labels[0] += " *"
-        if show_strategies:
-            labels[1] = f"  {alike[0].plan.layer.strategy}"
-        for label, row in zip(labels, alike[0].rows):
-            layer_pass = row.layer_pass
-            kind, size = written_collective(layer_pass.collective)
-            if layer_pass.collective and layer_pass.collective.members == 1:
+        for label, row in zip(layer_labels(alike, settings), alike[0].rows):
+            kind, size = written_collective(row.layer_pass.collective)
+            if row.layer_pass.collective and row.layer_pass.collective.members == 1:
                 kind += " of 1"
-            numbers = f"{row.time:,}", kind, f"{size:,}"
-            lines.append((label, layer_pass.name, str(layer_pass.gemm), *numbers))
-    table = aligned(lines, "<<>><>")
+            numbers = [f"{row.cycles:,}", f"{row.time:,}"][: len(times)]
+            gemm = written_gemm(row.layer_pass)
+            lines.append([label, row.layer_pass.name, gemm, *numbers, kind, f"{size:,}"])
+    table = aligned(lines, "<<>" + ">" * len(times) + "<>")
     if any(layer.plan.uneven_splits for layer in layers):
         table.append("* a size that does not divide: NPUs have different shares")
     return table + aligned(total_lines(all_rows(layers), unit), "<><")
+
+
+def layer_labels(alike: list[TimedLayer], settings: Settings) -> tuple[str, str, str]:
+    """Return the first cells of a layer's three lines: its name, its strategy or type."""
+    plan = alike[0].plan
+    name = plan.layer.name
+    if len(alike) > 1:
+        name = f"{len(alike)} × {name} ... {alike[-1].plan.layer.name}"
+    if plan.uneven_splits:
+        name += " *"
+    strategy = f"  {plan.layer.strategy}" if settings.parallel == CUSTOMIZED else ""
+    return name, strategy, ""
+
+
+def written_gemm(layer_pass: Pass) -> str:
+    """Return one NPU's GEMMs in a pass, for people."""
+    if layer_pass.accesses is not None:
+        return f"{layer_pass.gemm} look-ups"
+    if layer_pass.repeats > 1:
+        return f"{layer_pass.repeats:,} × {layer_pass.gemm}"
+    return str(layer_pass.gemm)
 
 
 def total_lines(rows: list[Row], unit: str) -> list[tuple[str, str, str]]:
@@ -1885,40 +2267,70 @@ def generate(settings: Settings) -> None:
     started = time.monotonic()
     layers = read_layers(settings.mnk, settings.parallel, settings.minibatch)
     plans = [plan_layer(layer, settings) for layer in layers]
-    check_plans(plans)
+    check_plans(plans, settings.num_packages)
     architecture = read_architecture(settings.scalesim_config)
+    if not settings.scalesim_config or "bandwidth" in architecture.lacking:
+        warn_of_bandwidth(plans, architecture)
     model = cycle_model(settings, architecture)
     jobs = distinct_jobs(plans, architecture)
+    title = run_title(settings, plans, architecture, model)
     if settings.dry_run:
-        print_results(forecast(plans, jobs, model, settings))
+        print_results([title, *forecast(plans, jobs, model, architecture, settings)])
         return
     run_files = {**topologies(plans, settings.mnk.stem), "scalesim.cfg": architecture.text}
     run_files["cycle_model.txt"] = f"{settings.cycle_model}\n"
     check_outputs(settings, [*run_files, "layers.csv"])
     write_files(settings.run_folder, run_files)
     cycles, source = model.run(jobs)
-    timed = timed_layers(plans, cycles, settings.time_unit, settings.clock_mhz)
+    clock = Clock(settings.time_unit, settings.clock_mhz)
+    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
     rows = all_rows(timed)
-    warn_of_rounding(rows, settings.time_unit, settings.clock_mhz)
+    warn_of_rounding(rows, clock)
     write_files(settings.run_folder, {"layers.csv": layers_table(rows)})
     publish(
         settings,
         text=workload_text(timed, settings.parallel, settings.update_time),
-        trace=trace_of(plans, cycles, settings),
-        summary=summary_line(rows, settings),
+        trace=trace_of(plans, cycles, architecture, settings),
+        summary=summary_line(rows, settings, architecture, model),
     )
-    table = result_table(timed, settings.time_unit, settings.parallel == CUSTOMIZED)
-    done = f"{len(layers)} layers, {len(jobs)} distinct GEMMs ({source})"
-    seconds = time.monotonic() - started
-    print_results([*table, f"wrote {settings.output_file}: {done}, {seconds:.1f} s"])
+    done = f"{plural(len(layers), 'layer')}, {plural(len(jobs), 'distinct GEMM')} ({source})"
+    done += f", {time.monotonic() - started:.1f} s"
+    print_results([title, *result_table(timed, settings), *written_lines(settings, done)])
 
 
-def trace_of(plans: list[LayerPlan], cycles: Cycles, settings: Settings) -> bytes:
-    """Return the trace that --chakra_et asks for, in microseconds; empty where it does not."""
+def trace_of(
+    plans: list[LayerPlan], cycles: Cycles, architecture: Architecture, settings: Settings
+) -> bytes:
+    """Return the trace that --chakra_et asks for, always in us; empty where it does not."""
     if not settings.chakra_et:
         return b""
-    timed = timed_layers(plans, cycles, "us", settings.clock_mhz)
+    clock = Clock("us", settings.clock_mhz)
+    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
+    if settings.time_unit != "us":
+        warn_of_rounding(all_rows(timed), clock)
     return chakra_trace(timed, settings.network, settings.parallel, settings.num_passes)
+
+
+def written_lines(settings: Settings, done: str) -> list[str]:
+    """Return what was written."""
+    output = settings.output_file
+    lines = [f"wrote {output if is_device(output) else output.resolve()}: {done}"]
+    if settings.chakra_et:
+        traces = f"{settings.chakra_et.resolve()}.<npu>.et"
+        passes = plural(settings.num_passes, "training step")
+        lines.append(f"wrote {plural(settings.num_npus, 'trace')} of {passes}: {traces}")
+    if settings.summary_csv:
+        lines.append(f"wrote a row in {settings.summary_csv.resolve()}")
+    return [*lines, f"wrote details in {settings.run_folder.resolve()}"]
+
+
+def warn_of_bandwidth(plans: list[LayerPlan], architecture: Architecture) -> None:
+    """Warn of look-ups at a bandwidth that nobody chose."""
+    for plan in plans:
+        if plan.layer.type == "EMBEDDING":
+            bandwidth = f"{architecture.bandwidth} elements a cycle"
+            origin = "Bandwidth of the built-in config; --scalesim_config gives another"
+            warn(f"{plan.layer.name}: look-ups are timed with {bandwidth}, {origin}")
 
 
 def topologies(plans: list[LayerPlan], stem: str) -> dict[str, str]:
@@ -1928,7 +2340,7 @@ def topologies(plans: list[LayerPlan], stem: str) -> dict[str, str]:
         gemms = []
         for plan in plans:
             for layer_pass in plan.passes:
-                if layer_pass.name == pass_name:
+                if layer_pass.name == pass_name and layer_pass.accesses is None:
                     gemms.append((plan.layer.name, layer_pass.gemm))
         files[f"{stem}_{file_name}.csv"] = topology(gemms)
     return files
@@ -1937,16 +2349,18 @@ def topologies(plans: list[LayerPlan], stem: str) -> dict[str, str]:
 def forecast(
     plans: list[LayerPlan],
     jobs: list[Job],
-    model: AnalyticalModel | SimulatedModel,
+    model: CycleModel,
+    architecture: Architecture,
     settings: Settings,
 ) -> list[str]:
     """Return what a dry run shows."""
     estimates = {job.gemm: job.cycles for job in jobs}
-    timed = timed_layers(plans, estimates, settings.time_unit, settings.clock_mhz)
-    warn_of_rounding(all_rows(timed), settings.time_unit, settings.clock_mhz)
-    unit = f"estimated {settings.time_unit}"
-    lines = result_table(timed, unit, settings.parallel == CUSTOMIZED)
-    lines.append(f"dry run: {len(plans)} layers, {len(jobs)} distinct GEMMs, nothing written")
+    clock = Clock(settings.time_unit, settings.clock_mhz)
+    timed = timed_layers(plans, estimates, architecture.bandwidth, clock)
+    warn_of_rounding(all_rows(timed), clock)
+    lines = result_table(timed, settings)
+    done = f"{plural(len(plans), 'layer')}, {plural(len(jobs), 'distinct GEMM')}"
+    lines.append(f"dry run with estimated cycles: {done}, nothing written")
     return lines + model.forecast(jobs)
 
 
@@ -2103,8 +2517,8 @@ def read_flags() -> Settings:
     if given["num_passes"].present and not given.chakra_et:
         warn("--num_passes has no effect without --chakra_et")
     values["jobs"] = given.jobs or available_cpus()
-    run_name = given.run_name or values["mnk"].stem
-    values["run_folder"] = Path("outputs", given.parallel, run_name).absolute()
+    values["run_name"] = given.run_name or values["mnk"].stem
+    values["run_folder"] = Path("outputs", given.parallel, values["run_name"]).absolute()
     return Settings(**values)
 
 
@@ -2191,6 +2605,11 @@ def print_results(lines: Iterable[str]) -> None:
 def shown(text: str) -> str:
     """Return a text of the user's for a message: quoted, ASCII, at most 60 characters."""
     return f"{text!a:.60}"
+
+
+def plural(number: int, name: str) -> str:
+    """Return a number of things, as people say it."""
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -294,7 +294,7 @@ class LayerPlan(NamedTuple):
     @property
     def uneven_splits(self) -> list[Split]:
         """Sizes that do not divide, so that NPUs have different shares."""
-        return [split for split in self.splits if split.size % split.parts]
+        return [cut for cut in self.splits if cut.size % cut.parts]
 
 
 class Row(NamedTuple):
@@ -610,12 +610,17 @@ class Transfer(NamedTuple):
 
 
 class PassRule(NamedTuple):
-    """A pass of a layer: sizes of its GEMM, as m for the layer's, m' for one NPU's share of it."""
+    """A pass of a layer; of its GEMM's sizes m is the layer's, m' one NPU's share of it."""
 
     rows: str
     columns: str
     reduction: str
     transfer: Transfer | None
+
+    @property
+    def sizes(self) -> tuple[str, str, str]:
+        """The names of the GEMM's sizes."""
+        return self.rows, self.columns, self.reduction
 
 
 class LayerRule(NamedTuple):
@@ -675,30 +680,30 @@ def plan_layer(layer: Layer, settings: Settings) -> LayerPlan:
     mp = group_size(strategy.split_n, settings.network)
     has_whole_groups = layer.groups > 1 and layer.groups >= mp
     rule = LAYER_TYPES["GROUPED" if has_whole_groups else layer.type]
+    shares = {
+        "m'": split("m", layer.m, dp, settings.shard_rounding),
+        "n'": split("n", layer.n, mp, settings.shard_rounding),
+        "k'": split("k", layer.k, mp, settings.shard_rounding),
+    }
     sizes = {"m": layer.m, "n": layer.n, "k": layer.k, "n/g": layer.n // layer.groups}
-    splits = []
-    for name, size, parts in (("m", layer.m, dp), ("n", layer.n, mp), ("k", layer.k, mp)):
-        sizes[f"{name}'"] = cut(size, parts, settings.shard_rounding)
-        if f"{name}'" in rule.forward[:3]:
-            splits.append(Split(name, size, parts, sizes[f"{name}'"]))
-    counts = split_counts(layer, dp, mp, has_whole_groups)
-    repeats = math.prod(split.share for split in counts)
+    splits = split_counts(layer, dp, mp, has_whole_groups)
+    repeats = math.prod(count.share for count in splits)
+    for name, share in shares.items():
+        sizes[name] = share.share
+        if name in rule.forward.sizes:
+            splits.append(share)
 
     def plan_pass(name: str, pass_rule: PassRule, accesses: int) -> Pass:
-        gemm = Gemm(sizes[pass_rule.rows], sizes[pass_rule.columns], sizes[pass_rule.reduction])
-        return Pass(
-            name,
-            repeats,
-            gemm,
-            accesses * math.prod(gemm) if layer.type == "EMBEDDING" else None,
-            plan_collective(pass_rule.transfer, layer, dp, mp, settings.datatype_size),
-        )
+        gemm = Gemm(*[sizes[size] for size in pass_rule.sizes])
+        elements = accesses * math.prod(gemm) if layer.type == "EMBEDDING" else None
+        collective = plan_collective(pass_rule.transfer, layer, dp, mp, settings.datatype_size)
+        return Pass(name, repeats, gemm, elements, collective)
 
     return LayerPlan(
         layer,
         dp,
         mp,
-        splits + counts,
+        splits,
         forward=plan_pass("forward", rule.forward, accesses=1),
         input_gradient=plan_pass("input gradient", rule.input_gradient, accesses=0),
         weight_gradient=plan_pass("weight gradient", rule.weight_gradient, accesses=2),
@@ -710,14 +715,14 @@ def split_counts(layer: Layer, dp: int, mp: int, has_whole_groups: bool) -> list
 
     The NPU that is timed has the most of them, whatever the rounding of sizes.
     """
-    numbers = []
     if has_whole_groups:
-        numbers = [("groups", layer.groups, mp)]
-    elif layer.batch and layer.batch.heads is None:
-        numbers = [("count", layer.batch.samples, dp * mp)]
-    elif layer.batch and layer.batch.heads:
-        numbers = [("samples", layer.batch.samples, dp), ("heads", layer.batch.heads, mp)]
-    return [Split(name, number, parts, cut(number, parts, "up")) for name, number, parts in numbers]
+        return [split("groups", layer.groups, mp, "up")]
+    if not layer.batch:
+        return []
+    samples, heads = layer.batch
+    if heads is None:
+        return [split("count", samples, dp * mp, "up")]
+    return [split("samples", samples, dp, "up"), split("heads", heads, mp, "up")]
 
 
 def plan_collective(
@@ -754,69 +759,69 @@ def group_size(dimensions: Dimensions, network: Network) -> int:
     return math.prod(network[dimension] for dimension in dimensions)
 
 
-def cut(size: int, parts: int, rounding: str) -> int:
-    """Return one NPU's share of a size, at least 1."""
-    if rounding == "up":
-        return -(-size // parts)
-    return max(1, size // parts)
+def split(name: str, size: int, parts: int, rounding: str) -> Split:
+    """Split a size over NPUs, each of which has at least 1."""
+    share = -(-size // parts)
+    if rounding == "down":
+        share = max(1, size // parts)
+    return Split(name, size, parts, share)
 
 
 def check_plans(plans: list[LayerPlan], packages: int) -> None:
     """Warn of what may surprise; UserError for a collective that ASTRA-sim can't run."""
-    check_small_collectives(plans)
-    check_large_collectives(plans, packages)
-    check_lone_collectives(plans)
+    collectives = described_collectives(plans)
+    check_small_collectives(collectives)
+    check_large_collectives(collectives, packages)
+    check_lone_collectives(collectives)
     check_uneven_sizes(plans)
     check_images(plans)
     check_groups(plans)
     check_neighbours(plans)
 
 
-def check_small_collectives(plans: list[LayerPlan]) -> None:
-    """Refuse a collective of 0 bytes, where ASTRA-sim stops; warn of 1 to 3, where it may hang."""
-    small = []
+def described_collectives(plans: list[LayerPlan]) -> list[tuple[str, Collective]]:
+    """Return all collectives, each with the words by which messages name it."""
+    described = []
     for plan in plans:
         for layer_pass in plan.passes:
             collective = layer_pass.collective
-            if collective and collective.bytes < 4:
-                what = f"the {collective.kind} of {plan.layer.name}, {layer_pass.name} pass"
-                found = f"{plan.layer.where}: {what}, comes to {collective.bytes} bytes"
-                if collective.bytes == 0:
-                    raise UserError(f"{found}, where ASTRA-sim stops, expected more")
-                small.append(found)
+            if collective:
+                name = f"the {collective.kind} of {plan.layer.name}, {layer_pass.name} pass"
+                described.append((f"{plan.layer.where}: {name}", collective))
+    return described
+
+
+def check_small_collectives(collectives: list[tuple[str, Collective]]) -> None:
+    """Refuse a collective of 0 bytes, where ASTRA-sim stops; warn of 1 to 3, where it may hang."""
+    small = []
+    for name, collective in collectives:
+        if collective.bytes == 0:
+            raise UserError(f"{name}, comes to 0 bytes, where ASTRA-sim stops, expected more")
+        if collective.bytes < 4:
+            small.append(f"{name}, comes to {collective.bytes} bytes")
     if small:
         count = f"({len(small)} such in all)"
         warn(f"{small[0]} {count}, ASTRA-sim may never end, expected 4 or more")
 
 
-def check_large_collectives(plans: list[LayerPlan], packages: int) -> None:
+def check_large_collectives(collectives: list[tuple[str, Collective]], packages: int) -> None:
     """Warn of collectives too large for ASTRA-sim 1.0, which counts a quarter in 31 bits."""
     large = []
-    for plan in plans:
-        for layer_pass in plan.passes:
-            collective = layer_pass.collective
-            if collective and collective.members > 1:
-                counted = collective.bytes
-                if collective.kind == "ALLGATHER":
-                    counted *= packages
-                if counted >= 1 << 33:
-                    what = f"the {collective.kind} of {plan.layer.name}, {layer_pass.name} pass"
-                    large.append(f"{plan.layer.where}: {what}, is of {collective.bytes:,} bytes")
+    for name, collective in collectives:
+        counted = collective.bytes
+        if collective.kind == "ALLGATHER":
+            counted *= packages
+        if counted >= 1 << 33 and collective.members > 1:
+            large.append(f"{name}, is of {collective.bytes:,} bytes")
     if large:
         count = f"({len(large)} such in all)"
         warn(f"{large[0]} {count}, too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
 
 
-def check_lone_collectives(plans: list[LayerPlan]) -> None:
+def check_lone_collectives(collectives: list[tuple[str, Collective]]) -> None:
     """Warn of collectives of one member, which readers of the text file treat differently."""
-    members = [
-        layer_pass.collective.members
-        for plan in plans
-        for layer_pass in plan.passes
-        if layer_pass.collective
-    ]
-    alone = members.count(1)
-    if 0 < alone < len(members):
+    alone = sum(collective.members == 1 for _, collective in collectives)
+    if 0 < alone < len(collectives):
         what = f"{alone} collectives have one member"
         warn(f"{what}: ASTRA-sim 1.0 skips them, Chakra's Text converter does not")
 
@@ -825,17 +830,17 @@ def check_uneven_sizes(plans: list[LayerPlan]) -> None:
     """Warn of sizes that do not divide: a warning each, up to eight."""
     layers_by_split: dict[Split, list[str]] = {}
     for plan in plans:
-        for split in plan.uneven_splits:
-            layers_by_split.setdefault(split, []).append(plan.layer.name)
-    for split, names in list(layers_by_split.items())[:8]:
+        for uneven in plan.uneven_splits:
+            layers_by_split.setdefault(uneven, []).append(plan.layer.name)
+    for uneven, names in list(layers_by_split.items())[:8]:
         layers = names[0]
         if len(names) > 1:
             layers += f" and {len(names) - 1} more layers"
-        problem = f"does not divide by {split.parts}"
-        if split.size < split.parts:
-            problem = f"is less than {split.parts} NPUs, some of which have none"
-        timed = f"one NPU is timed with {split.share}"
-        warn(f"{layers}: {split.name} = {split.size} {problem}, {timed}")
+        problem = f"does not divide by {uneven.parts}"
+        if uneven.size < uneven.parts:
+            problem = f"is less than {uneven.parts} NPUs, some of which have none"
+        timed = f"one NPU is timed with {uneven.share}"
+        warn(f"{layers}: {uneven.name} = {uneven.size} {problem}, {timed}")
     if len(layers_by_split) > 8:
         warn(f"{len(layers_by_split) - 8} more sizes do not divide")
 
@@ -976,6 +981,8 @@ def read_architecture(path: Path | None) -> Architecture:
     """Read the config at `path`, or the built-in one; UserError where it does not serve."""
     source = str(path or "the built-in config")
     text = BUILT_IN_CONFIG
+    built_in = new_config()
+    built_in.read_string(BUILT_IN_CONFIG)
     given = new_config()
     try:
         if path:
@@ -983,24 +990,23 @@ def read_architecture(path: Path | None) -> Architecture:
         given.read_string(text, source)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config") from None
+    check_keys(source, given, built_in)
     config = new_config()
-    config.read_string(BUILT_IN_CONFIG)
-    check_keys(source, given, config)
-    lacking = []
-    for section in config.sections():
-        for key in config[section]:
-            if key != "run_name" and not given.has_option(section, key):
-                lacking.append(key)
+    config.read_dict(built_in)
     config.read_dict(given)
     config["general"] = {"run_name": "gemm"}  # it becomes part of a shell command
     config.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it
-    check_values(source, config)
-    mode = config["run_presets"]["InterfaceBandwidth"]
-    presets = config["architecture_presets"]
-    if mode == "USER":
+    check_values(source, config, built_in)
+    lacking = []
+    for section in built_in.sections():
+        for key in built_in[section]:
+            if key != "run_name" and not given.has_option(section, key):
+                lacking.append(key)
+    if config["run_presets"]["InterfaceBandwidth"] == "USER":
         lacking = fill_in_bandwidths(config, lacking)
     written = io.StringIO()
     config.write(written)
+    presets = config["architecture_presets"]
     return Architecture(
         text,
         written.getvalue(),
@@ -1008,7 +1014,7 @@ def read_architecture(path: Path | None) -> Architecture:
         rows=int(presets["ArrayHeight"]),
         columns=int(presets["ArrayWidth"]),
         dataflow=presets["Dataflow"],
-        bandwidth_mode=mode,
+        bandwidth_mode=config["run_presets"]["InterfaceBandwidth"],
         bandwidth=int(presets["Bandwidth"].partition(",")[0]),
     )
 
@@ -1049,10 +1055,10 @@ def check_key(source: str, section: str, key: str, known: dict[str, list[str]]) 
         raise UserError(f"{source}: unknown key {shown(key)} in [{section}], {expected}")
 
 
-def check_values(source: str, config: configparser.ConfigParser) -> None:
+def check_values(
+    source: str, config: configparser.ConfigParser, built_in: configparser.ConfigParser
+) -> None:
     """Refuse values that SCALE-Sim would stop at, and modes that serve one GEMM only."""
-    built_in = new_config()
-    built_in.read_string(BUILT_IN_CONFIG)
     for section in built_in.sections():
         for key, usual in built_in[section].items():
             if usual.isdigit():
@@ -1188,6 +1194,9 @@ class AnalyticalModel:
         return {job.gemm: job.cycles for job in jobs}, "analytical"
 
 
+V1_MEMORY = 60_000_000  # bytes; SCALE-Sim v1 keeps its traces on disk
+
+
 class SimulatedModel:
     """Cycles by SCALE-Sim, which simulates what the cache does not hold."""
 
@@ -1201,7 +1210,7 @@ class SimulatedModel:
 
     def forecast(self, jobs: list[Job]) -> list[str]:
         """Return what a dry run says of the cost."""
-        new = [job for job in jobs if not self.cache.load(job.gemm)]
+        new = [self.costed(job) for job in jobs if not self.cache.load(job.gemm)]
         cycles = sum(job.cycles for job in new)
         cost = f"{len(new)} to simulate: {cycles:,} estimated cycles"
         lines = [f"{len(jobs) - len(new)} in the cache, {cost}"]
@@ -1225,11 +1234,17 @@ class SimulatedModel:
                 cycles[job.gemm] = cached.cycles
                 write_files(self.report_folder(job), cached.files)
             else:
-                new.append(job)
+                new.append(self.costed(job))
         source = f"{len(new)} simulated, {len(cycles)} from the cache"
         if new:
             cycles |= self.simulate(new)
         return cycles, source
+
+    def costed(self, job: Job) -> Job:
+        """Return a job with what this SCALE-Sim needs for it."""
+        if self.scalesim.version == 1:
+            return job._replace(memory=V1_MEMORY)
+        return job
 
     def report_folder(self, job: Job) -> Path:
         """Return the folder for a GEMM's reports."""
@@ -1786,7 +1801,9 @@ def all_rows(layers: list[TimedLayer]) -> list[Row]:
 
 def warn_of_rounding(rows: list[Row], clock: Clock) -> None:
     """Warn where rounding to whole ns or us moves the total of a pass by more than 1 %."""
-    unit = "us, which are all that a trace holds," if clock.unit == "us" else clock.unit
+    unit = clock.unit
+    if unit == "us":
+        unit = "us, which are all that a trace holds,"
     for name in PASS_FILES:
         cycles = sum(row.cycles for row in rows if row.layer_pass.name == name)
         written = sum(row.time for row in rows if row.layer_pass.name == name)
@@ -2140,9 +2157,11 @@ def summary_line(
     values["scalesim_version"] = model.version
     values["array"] = f"{architecture.rows}x{architecture.columns}"
     values["dataflow"] = architecture.dataflow
-    for name, total_time in total_times(rows).items():
-        values[f"compute_{name.replace(' ', '_')}"] = total_time
-    values["compute_all"] = values.pop("compute_all_passes")
+    totals = total_times(rows)
+    values["compute_forward"] = totals["forward"]
+    values["compute_input_gradient"] = totals["input gradient"]
+    values["compute_weight_gradient"] = totals["weight gradient"]
+    values["compute_all"] = totals["all passes"]
     for kind, total in total_collectives(rows).items():
         values[f"{kind.lower()}_count"] = total.number
         values[f"{kind.lower()}_bytes"] = total.bytes
@@ -2282,10 +2301,8 @@ def generate(settings: Settings) -> None:
     check_outputs(settings, [*run_files, "layers.csv"])
     write_files(settings.run_folder, run_files)
     cycles, source = model.run(jobs)
-    clock = Clock(settings.time_unit, settings.clock_mhz)
-    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
+    timed = timed_for_text(plans, cycles, architecture, settings)
     rows = all_rows(timed)
-    warn_of_rounding(rows, clock)
     write_files(settings.run_folder, {"layers.csv": layers_table(rows)})
     publish(
         settings,
@@ -2296,6 +2313,16 @@ def generate(settings: Settings) -> None:
     done = f"{plural(len(layers), 'layer')}, {plural(len(jobs), 'distinct GEMM')} ({source})"
     done += f", {time.monotonic() - started:.1f} s"
     print_results([title, *result_table(timed, settings), *written_lines(settings, done)])
+
+
+def timed_for_text(
+    plans: list[LayerPlan], cycles: Cycles, architecture: Architecture, settings: Settings
+) -> list[TimedLayer]:
+    """Return the layers with times for the workload file."""
+    clock = Clock(settings.time_unit, settings.clock_mhz)
+    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
+    warn_of_rounding(all_rows(timed), clock)
+    return timed
 
 
 def trace_of(
@@ -2355,9 +2382,7 @@ def forecast(
 ) -> list[str]:
     """Return what a dry run shows."""
     estimates = {job.gemm: job.cycles for job in jobs}
-    clock = Clock(settings.time_unit, settings.clock_mhz)
-    timed = timed_layers(plans, estimates, architecture.bandwidth, clock)
-    warn_of_rounding(all_rows(timed), clock)
+    timed = timed_for_text(plans, estimates, architecture, settings)
     lines = result_table(timed, settings)
     done = f"{plural(len(plans), 'layer')}, {plural(len(jobs), 'distinct GEMM')}"
     lines.append(f"dry run with estimated cycles: {done}, nothing written")
@@ -2463,14 +2488,19 @@ def appended(path: Path | None, header: str, line: str) -> Iterator[None]:
     if not path:
         yield
         return
-    with path.open("ab") as file:
+    with path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         text = line if size else header + line
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                text = "\n" + text  # someone's last line is not ended
+        data = text.encode("utf-8", "surrogateescape")
         try:
             with names_file(path):
-                file.write(text.encode("utf-8", "surrogateescape"))
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
             yield
         except BaseException:
             file.truncate(size)
@@ -2510,6 +2540,9 @@ def read_flags() -> Settings:
             values[name] = given[name].value
     for name in PATH_FLAGS:
         values[name] = absolute_path(values[name])
+    if os.path.expanduser(given.cache_dir).startswith("~"):
+        warn("there is no home folder: simulations are not cached")
+        values["cache_dir"] = None
     if given.cycle_model == "analytical":
         for name in ("scalesim_path", "dask_scheduler", "jobs"):
             if given[name].present:
@@ -2549,7 +2582,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command_line() -> None:
     """Run, and end by the signal that stopped it: a shell's loop goes on after a mere status."""
-    handled = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
     def handle(handler: Any) -> None:
         for number in handled:
@@ -2565,6 +2598,7 @@ def command_line() -> None:
     except KeyboardInterrupt as interrupted:
         handle(signal.SIG_DFL)
         signal.raise_signal(interrupted.args[0])
+        sys.exit(128 + interrupted.args[0])  # process 1 survives its signals
     except UnicodeDecodeError as error:
         sys.exit(f"error: --flagfile: {error}")
     finally:

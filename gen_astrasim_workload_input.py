@@ -805,11 +805,15 @@ def check_small_collectives(collectives: list[tuple[str, Collective]]) -> None:
 
 
 def check_large_collectives(collectives: list[tuple[str, Collective]], packages: int) -> None:
-    """Warn of collectives too large for ASTRA-sim 1.0, which counts a quarter in 31 bits."""
+    """Warn of collectives too large for ASTRA-sim 1.0, which counts a quarter in 31 bits.
+
+    Measured: an ALLGATHER that spans both dimensions counts as its share times the packages.
+    """
     large = []
     for name, collective in collectives:
         counted = collective.bytes
-        if collective.kind == "ALLGATHER":
+        spans_both = packages < collective.members and len(collective.dimensions) == 2
+        if collective.kind == "ALLGATHER" and spans_both:
             counted *= packages
         if counted >= 1 << 33 and collective.members > 1:
             large.append(f"{name}, is of {collective.bytes:,} bytes")
@@ -861,7 +865,7 @@ def check_groups(plans: list[LayerPlan]) -> None:
         groups = plan.layer.groups
         if 1 < groups < plan.mp:
             what = f"{groups} groups are fewer than the {plan.mp} NPUs that split the filters"
-            warn(f"{plan.layer.name}: {what}: its collectives are an upper bound")
+            warn(f"{plan.layer.name}: {what}: cycles are approximate, collectives an upper bound")
             return
 
 
@@ -1799,11 +1803,8 @@ def all_rows(layers: list[TimedLayer]) -> list[Row]:
     return [row for layer in layers for row in layer.rows]
 
 
-def warn_of_rounding(rows: list[Row], clock: Clock) -> None:
+def warn_of_rounding(rows: list[Row], clock: Clock, precision: str) -> None:
     """Warn where rounding to whole ns or us moves the total of a pass by more than 1 %."""
-    unit = clock.unit
-    if unit == "us":
-        unit = "us, which are all that a trace holds,"
     for name in PASS_FILES:
         cycles = sum(row.cycles for row in rows if row.layer_pass.name == name)
         written = sum(row.time for row in rows if row.layer_pass.name == name)
@@ -1811,7 +1812,7 @@ def warn_of_rounding(rows: list[Row], clock: Clock) -> None:
             change = float(written / (cycles * clock.cycle_length) - 1)
             if abs(change) > 0.01:
                 what = f"moves the compute time of the {name} pass by {change:+.1%}"
-                warn(f"rounding to whole {unit} {what}")
+                warn(f"rounding to {precision} {what}")
 
 
 def total_times(rows: list[Row]) -> dict[str, int]:
@@ -2321,7 +2322,8 @@ def timed_for_text(
     """Return the layers with times for the workload file."""
     clock = Clock(settings.time_unit, settings.clock_mhz)
     timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
-    warn_of_rounding(all_rows(timed), clock)
+    if not (clock.unit == "us" and settings.chakra_et):  # the traces' warning says the same
+        warn_of_rounding(all_rows(timed), clock, f"whole {clock.unit}")
     return timed
 
 
@@ -2333,8 +2335,7 @@ def trace_of(
         return b""
     clock = Clock("us", settings.clock_mhz)
     timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
-    if settings.time_unit != "us":
-        warn_of_rounding(all_rows(timed), clock)
+    warn_of_rounding(all_rows(timed), clock, "whole us, which are all that a trace holds,")
     return chakra_trace(timed, settings.network, settings.parallel, settings.num_passes)
 
 

@@ -1,19 +1,26 @@
-"""What several tests share: running the script, readers written like ASTRA-sim's and Chakra's, SCALE-Sim stand-ins."""
+"""What several tests share: running the script, readers of its files, stand-ins for SCALE-Sim."""
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import os
 import pty
+import resource
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from hypothesis import HealthCheck
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 import gen_astrasim_workload_input as tool
 
@@ -21,6 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "gen_astrasim_workload_input.py"
 MNK_INPUTS = ROOT / "mnk_inputs"
 PLAIN = ("DATA", "MODEL", "HYBRID_DATA_MODEL", "HYBRID_MODEL_DATA")
+PLAIN_AND_CUSTOMIZED = (*PLAIN, "HYBRID_CUSTOMIZED")
+COLLECTIVES = ("ALLGATHER", "REDUCESCATTER", "ALLREDUCE", "ALLTOALL")
+PASS_NAMES = ("forward", "input gradient", "weight gradient")
+FAST = "--cycle_model=analytical"
+
+# Permissions do not bind root, in whose name CI may run, unless it gives up what overrides them.
+BOUND = (
+    ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    if os.geteuid() == 0
+    else []
+)
 
 
 class Run(NamedTuple):
@@ -32,7 +50,7 @@ class Run(NamedTuple):
 
 
 def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: bool = False) -> Run:
-    """Run the script in `folder` as a user does, without the user's cache unless the flags or `cache` ask for one."""
+    """Run the script in `folder` as a user does, without the user's cache unless asked for one."""
     if not cache and not any(flag.startswith("--cache_dir") for flag in flags):
         flags = (*flags, "--cache_dir=")
     done = subprocess.run(
@@ -47,22 +65,70 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-def layer_of(name: str, m: int, n: int, k: int, strategy: str) -> tool.Layer:
+def limited(folder: Path, size: int, *flags: str) -> Run:
+    """Run the script where no file may grow beyond `size` bytes, as on a disk that gets full."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, str(SCRIPT), *flags]
+    done = subprocess.run(command, cwd=folder, preexec_fn=limit, capture_output=True, text=True)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def layer_of(name: str, m: int, n: int, k: int, strategy: str, **changes: Any) -> tool.Layer:
     """Return a layer that is a GEMM."""
-    return tool.Layer(name, "t.csv:2", strategy, m, n, k, input_elements=m * k, minibatch=None)
+    values = {"name": name, "m": m, "n": n, "k": k, "strategy": strategy}
+    values |= {"where": "t.csv:2", "type": "GEMM", "input_elements": m * k}
+    return tool.Layer(**{**values, **changes})
+
+
+def plan_of(layer: tool.Layer, chosen: tool.Settings) -> tool.LayerPlan:
+    """Return what one NPU does for a layer."""
+    return tool.plan_layer(layer, chosen)
+
+
+def plans_of_table(chosen: tool.Settings) -> list[tool.LayerPlan]:
+    """Return what one NPU does for each layer of the settings' table."""
+    layers = tool.read_layers(chosen.mnk, chosen.parallel, chosen.minibatch)
+    return [plan_of(layer, chosen) for layer in layers]
+
+
+def gemms_of(plan: tool.LayerPlan) -> list[tuple[int, int, int]]:
+    """Return m, n and k of the GEMMs of a layer's three passes."""
+    return [(each.gemm.m, each.gemm.n, each.gemm.k) for each in plan.passes]
+
+
+def collectives_of(plan: tool.LayerPlan) -> list[tuple[str, int]]:
+    """Return the kind and bytes of the collectives after a layer's three passes."""
+    collectives = [each.collective for each in plan.passes]
+    return [(each.kind, each.bytes) if each else ("NONE", 0) for each in collectives]
+
+
+def workload_of(plans: list[tool.LayerPlan], parallel: str) -> str:
+    """Return the workload file of plans, unchecked, each GEMM in its analytical cycles."""
+    array = tool.read_architecture(None)
+    cycles = {job.gemm: job.cycles for job in tool.distinct_jobs(plans, array)}
+    timed = tool.timed_layers(plans, cycles, array.bandwidth, tool.Clock("cycles", None))
+    return tool.workload_text(timed, parallel, 100)
+
+
+def generate(folder: Path, **changes: Any) -> str:
+    """Generate with `settings`; return the workload file."""
+    chosen = settings(folder, **changes)
+    tool.generate(chosen)
+    return chosen.output_file.read_text()
 
 
 def seen_on_a_terminal(folder: Path, *flags: str) -> str:
     """Run the script with stderr on a terminal; return what is written there."""
     main_end, terminal = pty.openpty()
-    fcntl.ioctl(
-        terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0)
-    )  # tqdm shows none on 0 columns
+    size = struct.pack("HHHH", 24, 160, 0, 0)  # tqdm shows none on 0 columns
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     command = [sys.executable, str(SCRIPT), *flags]
     seen = b""
-    with subprocess.Popen(
-        command, cwd=folder, stderr=terminal, stdout=subprocess.DEVNULL
-    ) as running:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=folder, stderr=terminal, stdout=quiet) as running:
         os.close(terminal)
         with suppress(OSError):  # the terminal's end
             while chunk := os.read(main_end, 1000):
@@ -73,7 +139,7 @@ def seen_on_a_terminal(folder: Path, *flags: str) -> str:
 
 
 def settings(folder: Path, **changes: Any) -> tool.Settings:
-    """Return settings as the flags' defaults give them, but analytical, without a cache, of 16 NPUs in 2 packages."""
+    """Return the flags' defaults, but analytical, without a cache, of 16 NPUs in 2 packages."""
     values: dict[str, Any] = {}
     for name in tool.Settings._fields:
         if name in flags.FLAGS:
@@ -93,11 +159,70 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
 
 
 def is_one_error_line(result: Run) -> bool:
-    """Say whether a run ended as bad input must end: status 1, nothing on stdout, one error line after any warnings."""
+    """Say whether a run ended as bad input must end: one error line after any warnings."""
     lines = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
-    return (
-        result.status == 1 and len(lines) == 1 and lines[0].startswith("error: ") and not result.out
+    is_error = len(lines) == 1 and lines[0].startswith("error: ")
+    return result.status == 1 and is_error and not result.out
+
+
+def is_flag_error(result: Run) -> bool:
+    """Say whether a run ended as absl ends one with a flag that it refuses."""
+    first = result.err.partition("\n")[0]
+    return (result.status, result.out) == (1, "") and first.startswith(
+        "FATAL Flags parsing error: "
     )
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return inode and bytes of what is here and below."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        found[str(path)] = (path.lstat().st_ino, path.read_bytes() if path.is_file() else b"")
+    return found
+
+
+def rows_of(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
+    """Read a table that must be one header and whole rows, to the last newline."""
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
+    found, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    assert found == [*header]
+    assert text.endswith("\n")
+    assert all(len(row) == len(found) for row in rows)
+    return [dict(zip(found, row)) for row in rows]
+
+
+HYBRID_OF_12 = {"parallel": "HYBRID_DATA_MODEL", "num_npus": 12, "num_packages": 3}
+SUMMARY_HEADER = (
+    *("mnk", "parallel", "num_npus", "num_packages", "datatype_size", "minibatch"),
+    *("cycle_model", "time_unit", "clock_mhz"),
+    *("compute_forward", "compute_input_gradient", "compute_weight_gradient", "compute_all"),
+    *("allgather_count", "allgather_bytes", "reducescatter_count", "reducescatter_bytes"),
+    *("allreduce_count", "allreduce_bytes", "alltoall_count", "alltoall_bytes"),
+    *("sent_bytes", "distinct_gemms", "output_file", "run_name", "shard_rounding"),
+    *("scalesim_version", "array", "dataflow"),
+)
+
+
+def summary_of(folder: Path, **changes: Any) -> dict[str, str]:
+    """Return the row that these settings give in a new file."""
+    generate(folder, summary_csv=folder / "s.csv", **changes)
+    (row,) = rows_of(folder / "s.csv", SUMMARY_HEADER)
+    return row
+
+
+def sums_of_text(path: Path) -> dict[str, str]:
+    """Return the summary's columns that a text file for ASTRA-sim can say, summed from it."""
+    _, layers = read_like_astrasim(path.read_text())
+    sums = {"compute_all": 0}
+    for index, name in enumerate(PASS_NAMES):
+        total = sum(layer.passes[index][0] for layer in layers)
+        sums[f"compute_{name.replace(' ', '_')}"] = total
+        sums["compute_all"] += total
+    passes = [each for layer in layers for each in layer.passes]
+    for kind in COLLECTIVES:
+        sizes = [size for _, collective, size in passes if collective == kind]
+        sums |= {f"{kind.lower()}_count": len(sizes), f"{kind.lower()}_bytes": sum(sizes)}
+    return {name: str(value) for name, value in sums.items()}
 
 
 class AstraLayer(NamedTuple):
@@ -110,9 +235,9 @@ class AstraLayer(NamedTuple):
 
 
 def read_like_astrasim(text: str) -> tuple[str, list[AstraLayer]]:
-    """Read a workload as ASTRA-sim 1.0 does (Workload.cc): words; the thirteenth only under HYBRID_CUSTOMIZED.
+    """Read a workload as ASTRA-sim 1.0 does (Workload.cc): words, to the file's last one.
 
-    Fails unless the file is consumed to its last word.
+    Of the words of a layer the thirteenth is read under HYBRID_CUSTOMIZED only.
     """
     words = iter(text.split())
     strategy, count = next(words), int(next(words))
@@ -130,7 +255,7 @@ def read_like_astrasim(text: str) -> tuple[str, list[AstraLayer]]:
 
 
 def read_like_chakra(text: str) -> None:
-    """Read a workload by the rules of Chakra's Text converter (text_converter.py): a line a layer, none blank."""
+    """Read a workload by the rules of Chakra's Text converter (text_converter.py)."""
     lines = text.split("\n")
     assert lines.pop() == "", "one newline ends the file"
     strategy, count, *layers = lines
@@ -151,8 +276,40 @@ def write_table(path: Path, *rows: str, header: str = "Layer,m,n,k") -> Path:
     return path
 
 
+# --- Any table at all, for Hypothesis
+
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "200"))
+MANY = examples(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
+STRATEGIES = st.sampled_from(PLAIN)
+PARALLEL = st.sampled_from(PLAIN_AND_CUSTOMIZED)
+ROUNDINGS = st.sampled_from(["up", "down"])
+LayerCells = tuple[str, int, int, int, str]  # name, m, n, k, strategy
+
+
+def tables(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[list[LayerCells]]:
+    """Return the layers of tables with such sizes."""
+    return st.lists(st.tuples(NAMES, sizes, sizes, sizes, STRATEGIES), min_size=1, max_size=6)
+
+
+def table(layers: list[LayerCells], spelling: str = "plain") -> bytes:
+    """Return a table in one of the spellings in which it is the same."""
+    header = "Layer,m,n,k,CustomizedParallelization"
+    rows = []
+    for name, m, n, k, strategy in layers:
+        quoted = name.replace('"', '""')
+        rows.append(f'"{quoted}",{m},{n},{k},{strategy}')
+    lines = [header.upper() if spelling == "upper" else header, *rows]
+    end = {"comma": ",\n", "blank": "\n\n \n", "CRLF": "\r\n"}.get(spelling, "\n")
+    text = "".join(line + end for line in lines)
+    return text.encode("utf-8-sig" if spelling == "BOM" else "utf-8")
+
+
+# --- Stand-ins for SCALE-Sim
+
+
 def fake_v2(folder: Path, body: str) -> Path:
-    """Make a SCALE-Sim v2 whose run does `body` (it sees `top_path`, `os`, `sys` and `report(text)`)."""
+    """Make a SCALE-Sim v2 whose run does `body`, which sees `top_path` and `report(text)`."""
     package = folder / "scalesim"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -177,7 +334,7 @@ GOOD_REPORT = "report(HEADER + '0, 321, 0, 1.5,\\n')"
 
 
 def fake_v1(folder: Path) -> Path:
-    """Make a stand-in with SCALE-Sim v1's command line, files and shell commands; its cycles are M + 2 K + 3 N."""
+    """Make one with SCALE-Sim v1's command line, files and shell; its cycles are M + 2 K + 3 N."""
     folder.mkdir(parents=True)
     (folder / "run_nets.py").write_text(
         "def row(path):\n    return open(path).read().splitlines()[1].split(',')\n"
@@ -201,7 +358,8 @@ def fake_v1(folder: Path) -> Path:
         "    open(net + '_cycles.csv', 'w').write(text)\n"
         "    path = './outputs/' + config.get('general', 'run_name')\n"
         "    os.system('mkdir ./outputs; mkdir ' + path + '; mv *.csv ' + path)\n"
-        "    os.system('mkdir ' + path + '/layer_wise; mv ' + path + '/*sram* ' + path + '/layer_wise')\n"
+        "    wise = path + '/layer_wise'\n"
+        "    os.system('mkdir ' + wise + '; mv ' + path + '/*sram* ' + wise)\n"
         "if __name__ == '__main__':\n"
         "    app.run(main)\n"
     )

@@ -1,4 +1,4 @@
-"""SCALE-Sim's convolution topologies as the table: m, n, k, the bytes that really travel, and what is refused."""
+"""SCALE-Sim's convolution topologies as the table: m, n, k, the bytes that travel, refusals."""
 
 from __future__ import annotations
 
@@ -8,50 +8,62 @@ import pytest
 from scalesim.topology_utils import topologies
 
 import gen_astrasim_workload_input as tool
-from helpers import MNK_INPUTS, PLAIN, is_one_error_line, run, settings, shards_of, write_table
+from helpers import (
+    FAST,
+    MNK_INPUTS,
+    PLAIN,
+    generate,
+    is_one_error_line,
+    plan_of,
+    read_like_astrasim,
+    run,
+    settings,
+    write_table,
+)
 
-HEADER = "Layer name, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter, Strides,"
+NEEDED = "layer, ifmap height, ifmap width, filter height, filter width, channels, num filter"
+HEADER = (
+    "Layer name, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter,"
+    " Strides,"
+)
+DIRECTED = HEADER.replace("Strides,", "Stride Height, Stride Width,")
+OTHER_NAMES = (
+    "Layer,Ifmap height,ifmap width,filter height,filter width,channel,num filters,strides"
+)
 ROWS = ("a, 11, 13, 3, 2, 5, 7, 2,", "b, 8, 8, 8, 8, 1, 1, 1,", "c, 30, 20, 1, 5, 4, 9, 3,")
-# a: ceil((11 - 3 + 2) / 2) x ceil((13 - 2 + 2) / 2) = 5 x 7 outputs; c: ceil(32 / 3) x ceil(18 / 3) = 11 x 6
+# a: ceil((11 - 3 + 2) / 2) x ceil((13 - 2 + 2) / 2) = 5 x 7 outputs
+# c: ceil(32 / 3) x ceil(18 / 3) = 11 x 6
 SIZES = [(35, 7, 30, 715), (1, 1, 64, 64), (66, 9, 20, 2400)]
+Sizes = tuple[int, int, int, int]  # m, n, k, elements of the ifmaps
 
 
-def read(
-    folder: Path, text: str, parallel: str = "DATA", minibatch: int = 1
-) -> list[tuple[int, int, int, int]]:
+def read(folder: Path, text: str, parallel: str = "DATA", minibatch: int = 1) -> list[Sizes]:
     (folder / "t.csv").write_bytes(text.encode())
     layers = tool.read_layers(folder / "t.csv", parallel, minibatch)
-    return [(layer.m, layer.n, layer.k, layer.inputs) for layer in layers]
+    return [(layer.m, layer.n, layer.k, layer.input_elements) for layer in layers]
+
+
+def lines(*lines: str) -> str:
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("\n".join([HEADER, *ROWS]), id="as SCALE-Sim's"),
+        pytest.param(lines(HEADER, *ROWS), id="as SCALE-Sim's"),
         pytest.param(
-            "\ufeff" + "\r\n".join([HEADER.upper(), *ROWS]), id="byte-order mark, CRLF, upper case"
+            "\ufeff" + lines(HEADER.upper(), *ROWS).replace("\n", "\r\n"),
+            id="byte-order mark, CRLF, upper case",
         ),
+        pytest.param(lines(HEADER[:-1], *(row[:-1] for row in ROWS)), id="without the last comma"),
+        pytest.param(lines(HEADER, " ", ",,,,,,,,", *ROWS, ""), id="blank rows and rows of commas"),
+        pytest.param(lines(HEADER + ",,", *(row + ",," for row in ROWS)), id="empty extra columns"),
+        pytest.param(lines(HEADER, *(row + "#dw" for row in ROWS)), id="comments"),
+        pytest.param(lines(OTHER_NAMES, *ROWS), id="other names"),
+        pytest.param(lines(HEADER.replace("Height", "Width", 1), *ROWS), id="IFMAP Width twice"),
         pytest.param(
-            "\n".join([HEADER[:-1], *(row[:-1] for row in ROWS)]), id="without the last comma"
-        ),
-        pytest.param(
-            "\n".join([HEADER, " ", ",,,,,,,,", *ROWS, ""]), id="blank rows and rows of commas"
-        ),
-        pytest.param(
-            "\n".join([HEADER + ",,", *(row + ",," for row in ROWS)]), id="empty extra columns"
-        ),
-        pytest.param("\n".join([HEADER, *(row + "#dw" for row in ROWS)]), id="comments"),
-        pytest.param(
-            "\n".join(
-                [
-                    "Layer,Ifmap height,ifmap width,filter height,filter width,channel,num filters,strides",
-                    *ROWS,
-                ]
-            ),
-            id="other names",
-        ),
-        pytest.param(
-            "\n".join([HEADER.replace("Height", "Width", 1), *ROWS]), id="IFMAP Width twice"
+            lines(DIRECTED, *(f"{row}{row.split(',')[7]}," for row in ROWS)),
+            id="strides by direction",
         ),
     ],
 )
@@ -59,127 +71,236 @@ def test_the_same_convolutions_in_many_spellings(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert read(tmp_path, text) == SIZES
-    assert read(tmp_path, text, minibatch=6) == [
-        (6 * m, n, k, 6 * inputs) for m, n, k, inputs in SIZES
-    ]
+    of_six = [(6 * m, n, k, 6 * elements) for m, n, k, elements in SIZES]
+    assert read(tmp_path, text, minibatch=6) == of_six
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # it leaves its file open
+@pytest.mark.parametrize(
+    ("strides", "outputs"),
+    [
+        pytest.param("2,1", 20 * 78, id="2 down, 1 across"),
+        pytest.param("1,2", 39 * 40, id="1 down, 2 across"),
+        pytest.param("2,2", 20 * 40, id="2 both"),
+    ],
+)
+def test_strides_are_used_each_in_its_direction(strides: str, outputs: int, tmp_path: Path) -> None:
+    """41 x 80 pixels, 3 x 3 windows: 39 x 78 places, or ceil(40 / 2) = 20 and ceil(79 / 2) = 40."""
+    text = lines(DIRECTED, f"a,41,80,3,3,4,8,{strides}")
+    assert read(tmp_path, text) == [(outputs, 8, 36, 41 * 80 * 4)]
+
+
+def test_strides_are_used_each_in_its_direction_with_padding(tmp_path: Path) -> None:
+    text = lines(DIRECTED + "Padding", "a,41,80,3,3,4,8,2,1,1")
+    assert read(tmp_path, text) == [(21 * 80, 8, 36, 41 * 80 * 4)]
+
+
+# It leaves its file open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_as_scalesims_own_reader(tmp_path: Path) -> None:
-    rows = [
-        f"l{i},{20 + i},{31 - i},{1 + i % 5},{1 + i % 3},{i + 1},{2 * i + 1},{1 + i % 4},"
-        for i in range(20)
-    ]
+    rows = []
+    for i in range(20):
+        filters = f"{1 + i % 5},{1 + i % 3},{i + 1},{2 * i + 1},{1 + i % 4}"
+        rows.append(f"l{i},{20 + i},{31 - i},{filters},")
     table = write_table(tmp_path / "t.csv", *rows, header=HEADER)
     theirs = topologies()
     theirs.load_arrays_conv(str(table))
     theirs.topo_calc_hyperparams()
-    expected = [
-        (height * width, entry[6], window)
-        for entry, (height, width, _, window) in zip(
-            theirs.topo_arrays, theirs.layers_calculated_hyperparams
-        )
-    ]
-    assert [(layer.m, layer.n, layer.k) for layer in tool.read_layers(table, "DATA", 1)] == expected
+    expected = []
+    for entry, sizes in zip(theirs.topo_arrays, theirs.layers_calculated_hyperparams):
+        height, width, _, window = sizes
+        expected.append((height * width, entry[6], window))
+    layers = tool.read_layers(table, "DATA", 1)
+    assert [(layer.m, layer.n, layer.k) for layer in layers] == expected
 
 
 def test_padding_as_pytorch_counts_it(tmp_path: Path) -> None:
-    """ResNet's first layer: 224 x 224 to 112 x 112; and one that divides unevenly, floor((10 + 2 - 3) / 2) + 1 = 5."""
-    text = (
-        HEADER + "Padding\nconv1,224,224,7,7,3,64,2,3\nb,10,10,3,3,4,8,2,1\nc,10,10,3,3,4,8,2,0\n"
-    )
-    assert read(tmp_path, text.replace("\nPadding", "Padding")) == [
+    """ResNet's first layer: 224 x 224 to 112 x 112.
+
+    And one that divides unevenly: floor((10 + 2 - 3) / 2) + 1 = 5.
+    """
+    rows = ["conv1,224,224,7,7,3,64,2,3", "b,10,10,3,3,4,8,2,1", "c,10,10,3,3,4,8,2,0"]
+    assert read(tmp_path, lines(HEADER + "Padding", *rows)) == [
         (112 * 112, 64, 147, 224 * 224 * 3),
         (25, 8, 36, 400),
         (16, 8, 36, 400),
     ]
 
 
-def test_ignored_columns_and_titles_are_warned_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("columns", "named"), [("Eh,Ew", "eh, ew"), ("E2", "e2"), ("e2,eH", "eh, e2")]
+)
+def test_sizes_of_outputs_are_ignored_with_a_warning(
+    columns: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "\n".join([HEADER + ",,Eh,Ew", "AlexNet,", *(row + ",,5,5" for row in ROWS)])
+    cells = ",5" * len(columns.split(","))
+    text = lines(f"{HEADER},{columns}", *(row + cells for row in ROWS))
     assert read(tmp_path, text) == SIZES
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/t.csv:1: ignored columns: eh, ew\n"
-        f"warning: {tmp_path}/t.csv:2: 'AlexNet' is taken for a title\n"
-    )
+    expected = f"ignored columns, which follow from the others: {named}"
+    assert capsys.readouterr().err == f"warning: {tmp_path}/t.csv:1: {expected}\n"
+
+
+def test_titles_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read(tmp_path, lines(HEADER, "AlexNet,", *ROWS)) == SIZES
+    expected = f"warning: {tmp_path}/t.csv:2: 'AlexNet' is taken for a title\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
     rows = [row + strategy for row, strategy in zip(ROWS, PLAIN)]
     table = write_table(tmp_path / "t.csv", *rows, header=HEADER + "CustomizedParallelization")
-    assert [layer.strategy for layer in tool.read_layers(table, "HYBRID_CUSTOMIZED", 1)] == list(
-        PLAIN[:3]
-    )
+    layers = tool.read_layers(table, "HYBRID_CUSTOMIZED", 1)
+    assert [layer.strategy for layer in layers] == [*PLAIN[:3]]
 
 
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        (
-            HEADER + "Sparsity\n" + ROWS[0] + "2:4\n",
+        pytest.param(
+            lines(HEADER + "Sparsity", ROWS[0] + "2:4"),
             1,
-            "column sparsity, expected a table without it",
+            f"unknown column 'sparsity', expected {NEEDED}, strides, ",
+            id="Sparsity",
         ),
-        (HEADER + "Batch Size\n" + ROWS[0] + "4\n", 1, "column batch size, expected"),
-        (HEADER.replace("Channels,", "") + "\n", 1, "header 'layer,ifmap height,"),
-        (HEADER + "Strides\n", 1, "header 'layer,ifmap height,"),
-        (
-            HEADER + "\na,4,4,5,1,1,1,1,\n",
+        pytest.param(
+            lines(HEADER + "Batch Size", ROWS[0] + "4"),
+            1,
+            f"unknown column 'batch size', expected {NEEDED}, strides, ",
+            id="Batch Size",
+        ),
+        pytest.param(
+            lines(HEADER + "Paddings", ROWS[0] + "4"),
+            1,
+            "unknown column 'paddings', did you mean padding?",
+            id="near column",
+        ),
+        pytest.param(
+            lines(HEADER.replace("Channels,", "")),
+            1,
+            f"no column channels, expected {NEEDED}, strides",
+            id="no Channels",
+        ),
+        pytest.param(
+            lines(HEADER.replace("Strides,", "")),
+            1,
+            f"no column strides, expected {NEEDED}, strides",
+            id="no Strides",
+        ),
+        pytest.param(
+            lines(HEADER.replace("Strides", "Stride Height")),
+            1,
+            f"no column stride width, expected {NEEDED}, stride height, stride width",
+            id="no Stride Width",
+        ),
+        pytest.param(
+            lines(HEADER.replace("Strides", "Stride Width")),
+            1,
+            f"no column stride height, expected {NEEDED}, stride height, stride width",
+            id="no Stride Height",
+        ),
+        pytest.param(
+            lines(DIRECTED + "Strides"), 1, "unknown column 'stride height', ", id="both strides"
+        ),
+        pytest.param(
+            lines(HEADER + "Strides"), 1, "two columns strides, expected one", id="column twice"
+        ),
+        pytest.param(
+            lines(HEADER, "a,4,4,5,1,1,1,1,"),
             2,
-            "depth-wise (DP), or a filter larger than its ifmap, expected neither",
+            "a filter larger than its ifmap, expected a smaller one",
+            id="filter higher than its ifmap",
         ),
-        (
-            HEADER + "\nDP_1,4,4,1,1,1,1,1,\n",
+        pytest.param(
+            lines(HEADER, "a,4,4,1,5,1,1,1,"),
             2,
-            "depth-wise (DP), or a filter larger than its ifmap, expected neither",
+            "a filter larger than its ifmap, expected a smaller one",
+            id="filter wider than its ifmap",
         ),
-        (HEADER + "\na,4,4,1,1,1,1,0,\n", 2, "strides is '0', expected a whole number >= 1"),
-        (
-            HEADER + "Padding\na,4,4,1,1,1,1,1,-1\n",
+        pytest.param(
+            lines(HEADER, "DP_1,4,4,1,1,1,1,1,"),
+            2,
+            "DP_1: DP marks a depth-wise layer for SCALE-Sim, expected",
+            id="depth-wise by its name",
+        ),
+        pytest.param(
+            lines(HEADER, "a,4,4,1,1,1,1,0,"),
+            2,
+            "strides is '0', expected a whole number >= 1",
+            id="stride of 0",
+        ),
+        pytest.param(
+            lines(DIRECTED, "a,4,4,1,1,1,1,1,0,"),
+            2,
+            "stride width is '0', expected a whole number >= 1",
+            id="stride width of 0",
+        ),
+        pytest.param(
+            lines(HEADER + "Padding", "a,4,4,1,1,1,1,1,-1"),
             2,
             "padding is '-1', expected a whole number >= 0",
+            id="padding of -1",
         ),
-        (HEADER + "\na,4,4,1,1,1,1\n", 2, "7 columns, expected 8 as in the header"),
-        (HEADER + "\na,4,4,1,1,1,1,1,9\n", 2, "9 columns, expected 8 as in the header"),
-        (HEADER + "\n", 1, "no layers, expected one in each line below"),
+        pytest.param(
+            lines(HEADER, "a,4,4,1,1,1,1"),
+            2,
+            "7 columns, expected 8 as in the header",
+            id="too few",
+        ),
+        pytest.param(
+            lines(HEADER, "a,4,4,1,1,1,1,1,9"),
+            2,
+            "'9' in column 9, expected 8 columns as in the header",
+            id="too many",
+        ),
+        pytest.param(
+            lines(HEADER), 1, "no layers, expected one in each line below", id="no layers"
+        ),
     ],
 )
 def test_refused(text: str, line: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(tool.UserError) as error:
-        read(tmp_path, text)
+        read(tmp_path, text + "\n")
     assert str(error.value).startswith(f"{tmp_path}/t.csv:{line}: {message}")
 
 
 def test_a_minibatch_is_for_convolutions(tmp_path: Path) -> None:
-    result = run(tmp_path, "--cycle_model=analytical", "--minibatch=2")
+    result = run(tmp_path, FAST, "--minibatch=2")
     assert is_one_error_line(result)
-    assert "--minibatch=2 with GEMMs, whose m holds it, expected convolutions" in result.err
+    message = "--minibatch=2 with GEMMs, whose m counts the samples, expected convolutions"
+    assert result.err.endswith(f": {message}\n")
 
 
 @pytest.mark.parametrize("parallel", PLAIN)
 def test_the_bytes_of_resnet_are_those_of_its_activations(parallel: str, tmp_path: Path) -> None:
-    """Minibatch 32, 16 NPUs in 2 packages, 2 bytes: activations by height x width x channels of the ifmap."""
+    """Minibatch 32, 16 NPUs in 2 packages, 2 bytes: height x width x channels of the ifmaps."""
     path = MNK_INPUTS / "resnet50.csv"
     rows = [list(map(int, row.split(",")[1:])) for row in path.read_text().splitlines()[1:]]
     dp = {"DATA": 16, "MODEL": 1, "HYBRID_DATA_MODEL": 2, "HYBRID_MODEL_DATA": 8}[parallel]
     chosen = settings(tmp_path, parallel=parallel, minibatch=32)
-    for layer, (height, width, filter_height, filter_width, channels, filters, *_) in zip(
-        tool.read_layers(path, parallel, 32), rows, strict=True
-    ):
-        _, inp_grad, weight_grad = shards_of(layer, chosen)
-        if parallel != "DATA":
-            assert inp_grad.bytes == 32 * height * width * channels * 2 // dp
-        if parallel != "MODEL":
-            assert weight_grad.bytes == filter_height * filter_width * channels * filters * 2 // (
-                16 // dp
-            )
+    layers = tool.read_layers(path, parallel, 32)
+    for layer, row in zip(layers, rows, strict=True):
+        height, width, filter_height, filter_width, channels, filters, *_ = row
+        plan = plan_of(layer, chosen)
+        gradient, weights = plan.input_gradient.collective, plan.weight_gradient.collective
+        assert (gradient is None) == (parallel == "DATA")
+        if gradient:
+            assert gradient.bytes == 32 * height * width * channels * 2 // dp
+        assert (weights is None) == (parallel == "MODEL")
+        if weights:
+            elements = filter_height * filter_width * channels * filters
+            assert weights.bytes == elements * 2 // (16 // dp)
 
 
 def test_a_table_of_gemms_is_as_it_was() -> None:
     for layer in tool.read_layers(MNK_INPUTS / "example.csv", "DATA", 1):
-        assert layer.inputs == layer.m * layer.k
+        assert layer.input_elements == layer.m * layer.k
+        assert layer.minibatch is None
+
+
+def test_the_columns_of_outputs_do_not_change_the_workload_file(tmp_path: Path) -> None:
+    plain = write_table(tmp_path / "plain.csv", *ROWS, header=HEADER)
+    rows = [row + "1,1," for row in ROWS]
+    with_outputs = write_table(tmp_path / "with.csv", *rows, header=HEADER + "Eh,Ew,")
+    text = generate(tmp_path, mnk=plain, minibatch=64)
+    assert generate(tmp_path, mnk=with_outputs, minibatch=64) == text
+    assert len(read_like_astrasim(text)[1]) == 3

@@ -2,141 +2,97 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gen_astrasim_workload_input as tool
-from helpers import PLAIN, read_like_astrasim, settings, shards_of
+from helpers import (
+    MANY,
+    PARALLEL,
+    ROUNDINGS,
+    LayerCells,
+    gemms_of,
+    plans_of_table,
+    read_like_astrasim,
+    settings,
+    table,
+    tables,
+    workload_of,
+)
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "1000"))
-MANY = examples(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 SIZES = st.one_of(st.integers(1, 5000), st.integers(1, 10**30 - 1))
-NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
-LAYERS = st.lists(
-    st.tuples(NAMES, SIZES, SIZES, SIZES, st.sampled_from(PLAIN)), min_size=1, max_size=6
-)
-PARALLEL = st.sampled_from([*PLAIN, "HYBRID_CUSTOMIZED"])
-SYSTEMS = st.tuples(st.integers(1, 64), st.integers(1, 64)).map(
-    lambda pair: (pair[0] * pair[1], pair[1])
-)
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def table(layers: list[tuple[str, int, int, int, str]], spelling: str) -> bytes:
-    header = "Layer,m,n,k,CustomizedParallelization"
-    rows = [f"{quoted(name)},{m},{n},{k},{strategy}" for name, m, n, k, strategy in layers]
-    lines = [header.upper() if spelling == "upper" else header, *rows]
-    text = (",\n" if spelling == "comma" else "\n\n \n" if spelling == "blank" else "\n").join(
-        lines
-    ) + "\n"
-    text = text.replace("\n", "\r\n") if spelling == "CRLF" else text
-    return text.encode("utf-8-sig" if spelling == "BOM" else "utf-8")
+SYSTEMS = st.tuples(st.integers(1, 64), st.integers(1, 64))  # packages, NPUs in each
+SPELLINGS = ("plain", "upper", "BOM", "CRLF", "blank", "comma")
 
 
 @MANY
-@given(LAYERS, PARALLEL, SYSTEMS, st.integers(1, 16), st.sampled_from(["up", "down"]))
+@given(tables(SIZES), PARALLEL, SYSTEMS, st.integers(1, 16), ROUNDINGS)
 def test_any_table_gives_a_right_file(
-    layers: list[tuple[str, int, int, int, str]],
+    layers: list[LayerCells],
     parallel: str,
     system: tuple[int, int],
-    size: int,
+    datatype_size: int,
     rounding: str,
 ) -> None:
-    """Shards that cover the layer, exact sizes, every word consumed; the same for each spelling of the table."""
-    npus, packages = system
+    """Shards that cover the layer, exact sizes, every word consumed; the same in any spelling."""
+    packages, in_each = system
+    npus = packages * in_each
+    chosen = {"parallel": parallel, "num_npus": npus, "num_packages": packages}
+    chosen |= {"datatype_size": datatype_size, "shard_rounding": rounding}
+    texts = set()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        chosen = settings(
-            folder,
-            mnk=folder / "t.csv",
-            parallel=parallel,
-            num_npus=npus,
-            num_packages=packages,
-            datatype_size=size,
-            shard_rounding=rounding,
-        )
-        texts = set()
-        for spelling in ("plain", "upper", "BOM", "CRLF", "blank", "comma"):
-            chosen.mnk.write_bytes(table(layers, spelling))
-            plan = [
-                (layer, shards_of(layer, chosen))
-                for layer in tool.read_layers(chosen.mnk, parallel, 1)
-            ]
-            gemms = [shard.gemm for _, shards in plan for shard in shards]
-            array = tool.read_architecture(None)
-            cycles = {gemm: tool.estimated_cycles(gemm, array) for gemm in gemms}
-            texts.add(tool.workload_text(plan, cycles, parallel, 100))
+        path = Path(name, "t.csv")
+        for spelling in SPELLINGS:
+            path.write_bytes(table(layers, spelling))
+            plans = plans_of_table(settings(Path(name), mnk=path, **chosen))
+            texts.add(workload_of(plans, parallel))
     assert len(texts) == 1
     strategy, read = read_like_astrasim(texts.pop())
     assert (strategy, [layer.name for layer in read]) == (parallel, [name for name, *_ in layers])
-    dp_of = {
-        "DATA": npus,
-        "MODEL": 1,
-        "HYBRID_DATA_MODEL": packages,
-        "HYBRID_MODEL_DATA": npus // packages,
-    }
-    for (_, m, n, k, own), (_, shards), seen in zip(layers, plan, read):
+    dp_of = {"DATA": npus, "MODEL": 1, "HYBRID_DATA_MODEL": packages, "HYBRID_MODEL_DATA": in_each}
+    for (_, m, n, k, own), plan, seen in zip(layers, plans, read, strict=True):
         used = own if parallel == "HYBRID_CUSTOMIZED" else parallel
         assert seen.strategy == (own if parallel == "HYBRID_CUSTOMIZED" else None)
         dp, mp = dp_of[used], npus // dp_of[used]
-        forward = shards[0].gemm
-        assert forward.k == k
-        if rounding == "up":
-            assert forward.m * dp >= m > (forward.m - 1) * dp
-            assert forward.n * mp >= n > (forward.n - 1) * mp
-        else:
-            assert forward.m == max(1, m // dp)
-            assert forward.n == max(1, n // mp)
-        exact = (
-            Fraction(m * n * size, dp * mp),
-            Fraction(m * k * size, dp),
-            Fraction(n * k * size, mp),
-        )
-        for (_, collective, written), value in zip(seen.passes, exact):
-            assert written == (0 if collective == "NONE" else value.numerator // value.denominator)
+        share_m, share_n, whole_k = gemms_of(plan)[0]
+        assert whole_k == k
+        for share, size, parts in ((share_m, m, dp), (share_n, n, mp)):
+            if rounding == "up":
+                assert share * parts >= size > (share - 1) * parts
+            else:
+                assert share == max(1, size // parts)
+        exact = (Fraction(m * n, dp * mp), Fraction(m * k, dp), Fraction(n * k, mp))
+        for (_, kind, written), elements in zip(seen.passes, exact, strict=True):
+            size = elements * datatype_size
+            assert written == (0 if kind == "NONE" else size.numerator // size.denominator)
 
 
 def works_or_one_line(**files: bytes) -> None:
-    """Run the whole pipeline on these bytes; UserError is the one line, anything else a traceback."""
+    """Run the pipeline on these bytes; UserError is the one line, anything else a traceback."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, data in files.items():
             (folder / file).write_bytes(data)
+        chosen = {"num_npus": 1, "num_packages": 1, "dry_run": True}
+        if "table" in files:
+            chosen["mnk"] = folder / "table"
         config = folder / "config" if "config" in files else None
-        mnk = folder / "table" if "table" in files else settings(folder).mnk
         try:
             assert "run_name = gemm" in tool.read_architecture(config).scalesim_text
-            tool.generate(
-                settings(
-                    folder,
-                    mnk=mnk,
-                    scalesim_config=config,
-                    num_npus=1,
-                    num_packages=1,
-                    dry_run=True,
-                )
-            )
+            tool.generate(settings(folder, scalesim_config=config, **chosen))
         except tool.UserError as error:
             assert str(error)
 
 
 CONFIG_LINES = [
-    "[architecture_presets]\n",
-    "ArrayHeight: 8\n",
-    "ArrayWidth = 8\n",
-    "Dataflow: ws\n",
+    *("[architecture_presets]\n", "ArrayHeight: 8\n", "ArrayWidth = 8\n", "Dataflow: ws\n"),
     "%(x)s",
 ]
-TABLE_LINES = ["Layer,m,n,k\n", "x,1,2,3\n", "Layer,"]
+TABLE_LINES = ["Layer,m,n,k\n", "x,1,2,3\n", "Layer,", "type,", "count,", "BATCHED_GEMM"]
 FRAGMENTS = st.sampled_from([*'\n\r\t\0\ufeff ",[]=:mnka17', *CONFIG_LINES, *TABLE_LINES])
 BYTES = st.one_of(
     st.binary(max_size=200),
@@ -156,29 +112,16 @@ def test_any_bytes_as_a_config(data: bytes) -> None:
     works_or_one_line(config=data)
 
 
-REPORT = st.lists(
-    st.sampled_from(
-        [
-            "LayerID",
-            " Total Cycles",
-            "Total Cycles",
-            ",",
-            "\n",
-            "0",
-            "12",
-            "3.0",
-            "nan",
-            "-1",
-            '"',
-            "\0",
-            " ",
-        ]
-    )
-).map("".join)
+REPORT_WORDS = [
+    *("LayerID", " Total Cycles", "Total Cycles", ",", "\n", '"', "\0", " "),
+    *("0", "12", "3.0", "nan", "-1"),
+]
+REPORTS = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(REPORT_WORDS)).map("".join))
+SCALESIM = tool.find_scalesim(None, tool.BUILT_IN_CONFIG)
 
 
 @MANY
-@given(st.one_of(st.text(max_size=80), REPORT))
+@given(REPORTS)
 def test_any_text_as_a_report(text: str) -> None:
-    cycles = tool.reported_cycles({"COMPUTE_REPORT.csv": text}, 3)
+    cycles = tool.reported_cycles({SCALESIM.report_name: text}, SCALESIM)
     assert cycles is None or cycles >= 1

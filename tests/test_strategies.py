@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import layer_of, settings, shards_of
+from helpers import collectives_of, gemms_of, layer_of, plan_of, settings
 
-# A layer of m=100, n=50, k=30 in 4-byte elements on 12 NPUs in 3 packages: m x n is 20000 bytes, m x k 12000, n x k
-# 6000. Each pass: M, N, K with sizes rounded up, the same rounded down, collective, bytes.
+# A layer of m=100, n=50, k=30 in 4-byte elements on 12 NPUs in 3 packages: m x n is 20000 bytes,
+# m x k 12000, n x k 6000. Each pass: M, N, K with sizes rounded up, the same rounded down,
+# collective, bytes.
 BY_HAND = {
     "DATA": [  # m / 12 is 9 or 8
         ((9, 50, 30), (8, 50, 30), "NONE", 0),
@@ -35,45 +36,45 @@ BY_HAND = {
 }
 
 
+OF_12 = {"num_npus": 12, "num_packages": 3}
+
+
 @pytest.mark.parametrize("rounding", ["up", "down"])
 @pytest.mark.parametrize("strategy", BY_HAND)
 def test_every_pass_of_every_strategy(tmp_path: Path, strategy: str, rounding: str) -> None:
-    layer = layer_of("a", 100, 50, 30, strategy)
-    chosen = settings(
-        tmp_path, num_npus=12, num_packages=3, datatype_size=4, shard_rounding=rounding
-    )
-    expected = [
-        (up if rounding == "up" else down, comm, size) for up, down, comm, size in BY_HAND[strategy]
-    ]
-    assert [each[1:4] for each in shards_of(layer, chosen)] == expected
+    chosen = settings(tmp_path, datatype_size=4, shard_rounding=rounding, **OF_12)
+    plan = plan_of(layer_of("a", 100, 50, 30, strategy), chosen)
+    rounded_up, rounded_down, kinds, sizes = zip(*BY_HAND[strategy])
+    assert gemms_of(plan) == list(rounded_up if rounding == "up" else rounded_down)
+    assert collectives_of(plan) == list(zip(kinds, sizes))
+    assert [each.repeats for each in plan.passes] == [1, 1, 1]
 
 
 def test_a_share_is_never_below_one(tmp_path: Path) -> None:
-    layer = layer_of("a", 3, 50, 30, "DATA")
-    shards = shards_of(
-        layer, settings(tmp_path, num_npus=12, num_packages=3, shard_rounding="down")
-    )
-    assert [each.gemm for each in shards] == [(1, 50, 30), (1, 30, 50), (30, 50, 1)]
+    chosen = settings(tmp_path, shard_rounding="down", **OF_12)
+    plan = plan_of(layer_of("a", 3, 50, 30, "DATA"), chosen)
+    assert gemms_of(plan) == [(1, 50, 30), (1, 30, 50), (30, 50, 1)]
 
 
 def test_sizes_beyond_floating_point_are_exact(tmp_path: Path) -> None:
     m, n, k = 2**31 + 1, 2**33 + 3, 2**35 + 5
     layer = layer_of("a", m, n, k, "HYBRID_DATA_MODEL")
-    shards = shards_of(layer, settings(tmp_path, num_npus=12, num_packages=3, datatype_size=4))
-    assert [each.bytes for each in shards] == [m * n * 4 // 12, m * k * 4 // 3, n * k * 4 // 4]
-    assert shards[0].bytes > 2**53
+    plan = plan_of(layer, settings(tmp_path, datatype_size=4, **OF_12))
+    sizes = [size for _, size in collectives_of(plan)]
+    assert sizes == [m * n * 4 // 12, m * k * 4 // 3, n * k * 4 // 4]
+    assert sizes[0] > 2**53
 
 
 def check(tmp_path: Path, layers: list[tool.Layer], **changes: object) -> None:
     chosen = settings(tmp_path, **changes)
-    tool.check_plan([(layer, shards_of(layer, chosen)) for layer in layers])
+    tool.check_plans([plan_of(layer, chosen) for layer in layers], chosen.num_packages)
 
 
 def test_a_size_that_does_not_divide_is_warned_of_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = [layer_of(f"L{line}", 100, 50, 30, "HYBRID_DATA_MODEL") for line in range(2, 12)]
-    check(tmp_path, [*layers, layer_of("even", 96, 48, 30, "DATA")], num_npus=12, num_packages=3)
+    check(tmp_path, [*layers, layer_of("even", 96, 48, 30, "DATA")], **OF_12)
     names = "L2 and 9 more layers"
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {names}: m = 100 does not divide by 3, one NPU is timed with 34",
@@ -81,20 +82,32 @@ def test_a_size_that_does_not_divide_is_warned_of_once(
     ]
 
 
-def test_a_collective_of_0_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_size_of_less_than_its_npus_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(tmp_path, [layer_of("a", 3, 64, 64, "DATA")], num_npus=12, num_packages=3)
+    assert capsys.readouterr().err == (
+        "warning: a: m = 3 is less than 12 NPUs, some of which have none, one NPU is timed with 1\n"
+    )
+
+
+def test_a_collective_of_0_bytes_is_refused_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(tool.UserError) as error:
-        check(tmp_path, [layer_of("tiny", 3, 2, 9, "MODEL")], datatype_size=2)
+        check(tmp_path, [layer_of("tiny", 3, 2, 9, "MODEL", where="t.csv:7")], datatype_size=2)
     assert str(error.value) == (
-        "layer tiny: the ALLGATHER of the forward pass comes to 0 bytes, where ASTRA-sim stops, expected more"
+        "t.csv:7: the ALLGATHER of tiny, forward pass, comes to 0 bytes, where ASTRA-sim stops,"
+        " expected more"
     )
 
 
 def test_collectives_of_1_to_3_bytes_get_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    layers = [layer_of(f"small{n}", 16, n, 1, "DATA") for n in (4, 3, 2, 1)]
+    layers = []
+    for line, n in enumerate((4, 3, 2, 1), 2):
+        layers.append(layer_of(f"small{n}", 16, n, 1, "DATA", where=f"t.csv:{line}"))
     check(tmp_path, layers, datatype_size=1)
     assert capsys.readouterr().err == (
-        "warning: layer small3: the ALLREDUCE of the weight gradient pass comes to 3 bytes (3 such in all), "
-        "ASTRA-sim may never end, expected 4 or more\n"
+        "warning: t.csv:3: the ALLREDUCE of small3, weight gradient pass, comes to 3 bytes"
+        " (3 such in all), ASTRA-sim may never end, expected 4 or more\n"
     )

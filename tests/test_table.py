@@ -9,14 +9,23 @@ import pytest
 import gen_astrasim_workload_input as tool
 
 FIVE = "Layer,m,n,k,CustomizedParallelization"
+NEEDED = "layer, m, n, k"
+KNOWN = f"{NEEDED}, type, count, customizedparallelization"
+Cells = tuple[str, int, int, int, str]  # name, m, n, k, strategy
 
 
-def read(
-    tmp_path: Path, data: bytes, parallel: str = "DATA"
-) -> list[tuple[str, int, int, int, str]]:
-    path = tmp_path / "table.csv"
+def read(folder: Path, data: bytes, parallel: str = "DATA") -> list[Cells]:
+    path = folder / "table.csv"
     path.write_bytes(data)
-    return [layer[:5] for layer in tool.read_layers(path, parallel, 1)]
+    layers = tool.read_layers(path, parallel, 1)
+    return [(layer.name, layer.m, layer.n, layer.k, layer.strategy) for layer in layers]
+
+
+def refusal(folder: Path, data: bytes, parallel: str = "DATA") -> str:
+    """Return how a table is refused."""
+    with pytest.raises(tool.UserError) as error:
+        read(folder, data, parallel)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -51,42 +60,56 @@ def test_the_same_table_in_many_spellings(tmp_path: Path, data: bytes) -> None:
 def test_each_layer_has_its_own_strategy_under_hybrid_customized(tmp_path: Path) -> None:
     rows = "a,1,2,3,DATA\nb,1,2,3,model\nc,1,2,3,Hybrid_Model_Data\nd,1,2,3,HYBRD_DATA_MODEL\n"
     layers = read(tmp_path, f"{FIVE}\n{rows}".encode(), "HYBRID_CUSTOMIZED")
-    assert [layer[4] for layer in layers] == [
-        "DATA",
-        "MODEL",
-        "HYBRID_MODEL_DATA",
-        "HYBRID_DATA_MODEL",
-    ]
+    strategies = ["DATA", "MODEL", "HYBRID_MODEL_DATA", "HYBRID_DATA_MODEL"]
+    assert [strategy for *_, strategy in layers] == strategies
 
 
 def test_blanks_in_a_name_become_underscores_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = read(tmp_path, "Layer,m,n,k\na,1,2,3\n\u00e9 b\u00a0c,1,2,3\nd e,1,2,3\n".encode())
-    assert [layer[0] for layer in layers] == ["a", "\u00e9_b_c", "d_e"]
-    where = f"{tmp_path}/table.csv:3"
-    assert capsys.readouterr().err == (
-        f"warning: {where}: blanks in a name become _ (2 such in all)\n"
-    )
+    assert [name for name, *_ in layers] == ["a", "\u00e9_b_c", "d_e"]
+    expected = f"{tmp_path}/table.csv:3: blanks in a name become _ (2 such in all)"
+    assert capsys.readouterr().err == f"warning: {expected}\n"
 
 
-HEADERS = "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides"
+WHOLE = "expected a whole number >= 1"
+PRINTABLE = "expected printable characters"
 
 
 @pytest.mark.parametrize(
     ("data", "line", "message"),
     [
-        pytest.param(b"", 1, f"header '', {HEADERS}", id="empty"),
-        pytest.param(b"\n \n", 1, f"header '', {HEADERS}", id="blank"),
-        pytest.param(b"a,1,2,3\nb,1,2,3\n", 1, f"header 'a,1,2,3', {HEADERS}", id="no header"),
+        pytest.param(b"", 1, f"no column layer, expected {NEEDED}", id="empty"),
+        pytest.param(b"\n \n", 1, f"no column layer, expected {NEEDED}", id="blank"),
         pytest.param(
-            b"Layer,m,n\na,1,2\n", 1, f"header 'layer,m,n', {HEADERS}", id="header without k"
+            b"a,1,2,3\nb,1,2,3\n", 1, f"unknown column 'a', expected {KNOWN}", id="no header"
+        ),
+        pytest.param(b"Layer,m,n\na,1,2\n", 1, f"no column k, expected {NEEDED}", id="no k"),
+        pytest.param(b"m,n,k\n1,2,3\n", 1, f"no column layer, expected {NEEDED}", id="no layer"),
+        pytest.param(
+            b"Layer,m,n,n\na,1,2,3\n", 1, "two columns n, expected one", id="column twice"
         ),
         pytest.param(
-            b"Layer,m,n,n\na,1,2,3\n", 1, f"header 'layer,m,n,n', {HEADERS}", id="column twice"
+            b"\nLayer,m,n,k,x\n", 2, f"unknown column 'x', expected {KNOWN}", id="unknown column"
         ),
         pytest.param(
-            b"\nLayer,m,n,k,x\n", 2, f"header 'layer,m,n,k,x', {HEADERS}", id="unknown column"
+            b"Layer,m,n,k,Typ\n", 1, "unknown column 'typ', did you mean type?", id="near column"
+        ),
+        pytest.param(
+            b"Layer,m,n,k,Customized Parallelisation\n",
+            1,
+            "unknown column 'customized parallelisation', did you mean customizedparallelization?",
+            id="near fifth column",
+        ),
+        pytest.param(
+            b"Layer,m,n,k,Padding\n",
+            1,
+            f"unknown column 'padding', expected {KNOWN}",
+            id="column of convolutions",
+        ),
+        pytest.param(
+            b"Layer,m,n,k,Eh\n", 1, f"unknown column 'eh', expected {KNOWN}", id="Eh of GEMMs"
         ),
         pytest.param(
             b"Layer,m,n,k\n", 1, "no layers, expected one in each line below", id="no layers"
@@ -98,55 +121,42 @@ HEADERS = "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,
             id="too few",
         ),
         pytest.param(
-            b"Layer,m,n,k\na,1,2,3,4\n", 2, "5 columns, expected 4 as in the header", id="too many"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\n,1,2,3\n",
+            b"Layer,m,n,k\na,1,2,3,4\n",
             2,
-            "layer name '', expected printable characters",
-            id="nameless",
+            "'4' in column 5, expected 4 columns as in the header",
+            id="too many",
         ),
         pytest.param(
-            b"Layer,m,n,k\na\x07,1,2,3\n",
+            b"Layer,m,n,k,\na,1,2,3,4\n",
             2,
-            r"layer name 'a\x07', expected printable characters",
-            id="bell",
+            "'4' in column 5, expected 4 columns as in the header",
+            id="in a column without a name",
         ),
+        pytest.param(b"Layer,m,n,k\n,1,2,3\n", 2, f"layer name '', {PRINTABLE}", id="nameless"),
         pytest.param(
-            b"Layer,m,n,k\na,x,2,3\n", 2, "m is 'x', expected a whole number >= 1", id="word"
+            b"Layer,m,n,k\na\x07,1,2,3\n", 2, rf"layer name 'a\x07', {PRINTABLE}", id="bell"
         ),
-        pytest.param(
-            b"Layer,m,n,k\na,1,1.5,3\n", 2, "n is '1.5', expected a whole number >= 1", id="1.5"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\na,1,2,0\n", 2, "k is '0', expected a whole number >= 1", id="0"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\na,-4,2,3\n", 2, "m is '-4', expected a whole number >= 1", id="-4"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\na,+4,2,3\n", 2, "m is '+4', expected a whole number >= 1", id="+4"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\na,1_0,2,3\n", 2, "m is '1_0', expected a whole number >= 1", id="1_0"
-        ),
-        pytest.param(
-            b"Layer,m,n,k\na,,2,3\n", 2, "m is '', expected a whole number >= 1", id="empty size"
-        ),
+        pytest.param(b"Layer,m,n,k\na,x,2,3\n", 2, f"m is 'x', {WHOLE}", id="word"),
+        pytest.param(b"Layer,m,n,k\na,1,1.5,3\n", 2, f"n is '1.5', {WHOLE}", id="1.5"),
+        pytest.param(b"Layer,m,n,k\na,1,2,0\n", 2, f"k is '0', {WHOLE}", id="0"),
+        pytest.param(b"Layer,m,n,k\na,-4,2,3\n", 2, f"m is '-4', {WHOLE}", id="-4"),
+        pytest.param(b"Layer,m,n,k\na,+4,2,3\n", 2, f"m is '+4', {WHOLE}", id="+4"),
+        pytest.param(b"Layer,m,n,k\na,1_0,2,3\n", 2, f"m is '1_0', {WHOLE}", id="1_0"),
+        pytest.param(b"Layer,m,n,k\na,,2,3\n", 2, f"m is '', {WHOLE}", id="empty size"),
         pytest.param(
             "Layer,m,n,k\na,\u0663,2,3\n".encode(),
             2,
-            r"m is '\u0663', expected a whole number >= 1",
+            rf"m is '\u0663', {WHOLE}",
             id="other digits",
         ),
         pytest.param(
-            b"Layer,m,n,k\n\xe9,1,2,3\n",
-            2,
-            r"layer name '\udce9', expected printable characters",
-            id="Latin-1",
+            b"Layer,m,n,k\n\xe9,1,2,3\n", 2, rf"layer name '\udce9', {PRINTABLE}", id="Latin-1"
         ),
         pytest.param(
-            b"\x7fELF\x02\xff\x00", 1, rf"header '\x7felf\x02\udcff\x00', {HEADERS}", id="binary"
+            b"\x7fELF\x02\xff\x00",
+            1,
+            rf"unknown column '\x7felf\x02\udcff\x00', expected {KNOWN}",
+            id="binary",
         ),
         pytest.param(
             b'Layer,m,n,k\n"a,1,2,3\n',
@@ -157,9 +167,21 @@ HEADERS = "expected layer,m,n,k or layer,ifmap height,ifmap width,filter height,
     ],
 )
 def test_refused(tmp_path: Path, data: bytes, line: int, message: str) -> None:
-    with pytest.raises(tool.UserError) as error:
-        read(tmp_path, data)
-    assert str(error.value) == f"{tmp_path}/table.csv:{line}: {message}"
+    assert refusal(tmp_path, data) == f"{tmp_path}/table.csv:{line}: {message}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"Layer,m,n,k\na,1,2,3,# 4\n", id="beyond the header"),
+        pytest.param(b"Layer,m,n,k,\na,1,2,3,#4\n", id="in a column without a name"),
+    ],
+)
+def test_a_comment_after_the_last_column(data: bytes, tmp_path: Path) -> None:
+    assert read(tmp_path, data) == [("a", 1, 2, 3, "DATA")]
+
+
+STRATEGIES = "DATA, MODEL, HYBRID_DATA_MODEL, HYBRID_MODEL_DATA"
 
 
 @pytest.mark.parametrize(
@@ -168,23 +190,22 @@ def test_refused(tmp_path: Path, data: bytes, line: int, message: str) -> None:
         pytest.param(
             b"Layer,m,n,k\na,1,2,3\n",
             1,
-            "no column CustomizedParallelization, expected one for HYBRID_CUSTOMIZED",
+            "no column CustomizedParallelization, expected for HYBRID_CUSTOMIZED",
             id="no fifth column",
         ),
         *(
             pytest.param(
                 f"{FIVE}\na,1,2,3,{written}\n".encode(),
                 2,
-                f"strategy '{written}', expected one of DATA, MODEL, HYBRID_DATA_MODEL, HYBRID_MODEL_DATA",
+                f"strategy '{written}', expected one of {STRATEGIES}",
                 id=written or "empty",
             )
-            for written in ("", "PIPELINE", "HYBRID_CUSTOMIZED")
+            for written in ("", "PIPELINE", "HYBRID_CUSTOMIZED", "HYBRID_DLRM")
         ),
     ],
 )
 def test_refused_under_hybrid_customized(
     tmp_path: Path, data: bytes, line: int, message: str
 ) -> None:
-    with pytest.raises(tool.UserError) as error:
-        read(tmp_path, data, "HYBRID_CUSTOMIZED")
-    assert str(error.value) == f"{tmp_path}/table.csv:{line}: {message}"
+    expected = f"{tmp_path}/table.csv:{line}: {message}"
+    assert refusal(tmp_path, data, "HYBRID_CUSTOMIZED") == expected

@@ -419,6 +419,23 @@ def read_header(where: str, header: list[str], parallel: str) -> dict[str, int]:
     """Return the index of each column by its name; UserError for an unknown or missing one."""
     names = column_names(header)
     needed, known = table_format(names)
+    columns = index_columns(where, names, known)
+    for name in needed:
+        if name not in columns:
+            raise UserError(f"{where}: no column {name}, expected {', '.join(needed)}")
+    if "strides" in columns and "strides" not in needed:
+        raise UserError(f"{where}: strides beside stride height and width, expected one kind")
+    if parallel == CUSTOMIZED and STRATEGY_COLUMN not in columns:
+        expected = f"expected one for {CUSTOMIZED}"
+        raise UserError(f"{where}: no column CustomizedParallelization, {expected}")
+    derived = [name for name in DERIVED_COLUMNS if columns.pop(name, None) is not None]
+    if derived:
+        warn(f"{where}: ignored columns, which follow from the others: {', '.join(derived)}")
+    return columns
+
+
+def index_columns(where: str, names: list[str], known: list[str]) -> dict[str, int]:
+    """Return the index of each column by its name; UserError for an unknown one, or two."""
     columns: dict[str, int] = {}
     for index, name in enumerate(names):
         if name in columns:
@@ -428,14 +445,6 @@ def read_header(where: str, header: list[str], parallel: str) -> dict[str, int]:
             raise UserError(f"{where}: unknown column {shown(name)}, {expected}")
         if name:
             columns[name] = index
-    for name in needed:
-        if name not in columns:
-            raise UserError(f"{where}: no column {name}, expected {', '.join(needed)}")
-    if parallel == CUSTOMIZED and STRATEGY_COLUMN not in columns:
-        raise UserError(f"{where}: no column CustomizedParallelization, expected for {CUSTOMIZED}")
-    derived = [name for name in DERIVED_COLUMNS if columns.pop(name, None) is not None]
-    if derived:
-        warn(f"{where}: ignored columns, which follow from the others: {', '.join(derived)}")
     return columns
 
 
@@ -455,10 +464,10 @@ def table_format(names: list[str]) -> tuple[list[str], list[str]]:
     if "ifmap height" not in names and "filter height" not in names:
         return [*GEMM_COLUMNS], [*GEMM_COLUMNS, TYPE, COUNT, STRATEGY_COLUMN]
     strides = ["strides"]
-    if "strides" not in names and any(name in names for name in DIRECTED_STRIDES):
+    if any(name in names for name in DIRECTED_STRIDES):
         strides = [*DIRECTED_STRIDES]
-    needed = [*CONVOLUTION_COLUMNS, *strides]
-    return needed, [*needed, PADDING, GROUPS, STRATEGY_COLUMN, *DERIVED_COLUMNS]
+    optional = ["strides", *DIRECTED_STRIDES, PADDING, GROUPS, STRATEGY_COLUMN, *DERIVED_COLUMNS]
+    return [*CONVOLUTION_COLUMNS, *strides], [*CONVOLUTION_COLUMNS, *optional]
 
 
 def check_cells(where: str, cells: list[str], header: list[str], columns: dict[str, int]) -> None:
@@ -2400,9 +2409,21 @@ def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
     outputs = [(settings.run_folder / name, "a file of the run folder") for name in run_files]
     outputs.append((settings.output_file, "--output_file"))
     if settings.summary_csv:
-        check_summary(settings.summary_csv)
         outputs.append((settings.summary_csv, "--summary_csv"))
     outputs += [(path, "a trace") for path in trace_files(settings)]
+    targets = claimed_targets(settings, outputs)
+    if settings.summary_csv:
+        check_summary(settings.summary_csv)
+    folders = {target.parent for target in targets}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in (*folders, *targets):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: no permission to write")
+
+
+def claimed_targets(settings: Settings, outputs: list[tuple[Path, str]]) -> list[Path]:
+    """Return the files that outputs really are; UserError where one has another use already."""
     uses = {settings.mnk.resolve(): "--mnk"}
     if settings.scalesim_config:
         uses[settings.scalesim_config.resolve()] = "--scalesim_config"
@@ -2415,12 +2436,7 @@ def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
             raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
         uses[target] = use
         targets.append(target)
-    folders = {target.parent for target in targets}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    for path in (*folders, *targets):
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{path}: no permission to write")
+    return targets
 
 
 def check_summary(path: Path) -> None:
@@ -2456,8 +2472,9 @@ def publish(settings: Settings, text: str, trace: bytes, summary: str) -> None:
     with (
         staged_traces(trace_files(settings), trace) as traces,
         staged_file(settings.output_file, text) as workload,
-        appended(settings.summary_csv, csv_text([SUMMARY_COLUMNS]), summary),
+        locked(settings.summary_csv) as summary_file,
         signals_held(),
+        appended(summary_file, csv_text([SUMMARY_COLUMNS]), summary),
     ):
         replace_files(traces)
         replace_files(workload)
@@ -2471,41 +2488,52 @@ def staged_traces(targets: list[Path], trace: bytes) -> Iterator[dict[Path, Path
         return
     with tempfile.TemporaryDirectory(prefix=".", dir=targets[0].parent) as name:
         staged = {target: Path(name, target.name) for target in targets}
-        first, *others = staged.values()
-        first.write_bytes(trace)
-        linked = first
-        for file in others:
+        linked = staged[targets[0]]
+        with names_file(targets[0]):
+            linked.write_bytes(trace)
+        for target in targets[1:]:
             try:
-                os.link(linked, file)
+                os.link(linked, staged[target])
             except OSError:  # no links here, or no more of this file
-                shutil.copyfile(linked, file)
-                linked = file
+                with names_file(target):
+                    shutil.copyfile(linked, staged[target])
+                linked = staged[target]
         yield staged
 
 
 @contextmanager
-def appended(path: Path | None, header: str, line: str) -> Iterator[None]:
-    """Append a line to a file, also beside other runs; after an error the file is as it was."""
+def locked(path: Path | None) -> Iterator[io.FileIO | None]:
+    """Open a file to which several runs may append, one after the other."""
     if not path:
-        yield
+        yield None
         return
     with path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        size = file.seek(0, os.SEEK_END)
-        text = line if size else header + line
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                text = "\n" + text  # someone's last line is not ended
-        data = text.encode("utf-8", "surrogateescape")
-        try:
-            with names_file(path):
-                while data:
-                    data = data[file.write(data) :]
-            yield
-        except BaseException:
-            file.truncate(size)
-            raise
+        with names_file(path):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+@contextmanager
+def appended(file: io.FileIO | None, header: str, line: str) -> Iterator[None]:
+    """Append a line to a file; after an error the file is as it was."""
+    if not file:
+        yield
+        return
+    size = file.seek(0, os.SEEK_END)
+    text = line if size else header + line
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            text = "\n" + text  # someone's last line is not ended
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        with names_file(Path(os.fsdecode(file.name))):
+            while data:
+                data = data[file.write(data) :]
+        yield
+    except BaseException:
+        file.truncate(size)
+        raise
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def run(folder: Path, *flags: str, env: dict[str, str] | None = None, cache: boo
         text=True,
         errors="surrogateescape",
         stdin=subprocess.DEVNULL,
+        timeout=600,
     )
     return Run(done.returncode, done.stdout, done.stderr)
 
@@ -274,6 +275,18 @@ def write_table(path: Path, *rows: str, header: str = "Layer,m,n,k") -> Path:
     """Write an mnk table."""
     path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     return path
+
+
+def write_config(path: Path, height: int, width: int, dataflow: str) -> Path:
+    """Write a SCALE-Sim config with what it must have, the array."""
+    array = f"ArrayHeight: {height}\nArrayWidth: {width}\nDataflow: {dataflow}\n"
+    path.write_text(f"[architecture_presets]\n{array}")
+    return path
+
+
+def folds_of_100(path: Path) -> Path:
+    """Write a config under which a GEMM of up to 50 x 50 takes 100 cycles and its reduction."""
+    return write_config(path, 50, 53, "os")
 
 
 # --- Any table at all, for Hypothesis

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from processes import (
     ROWS,
     SLOW,
     STUCK,
+    after,
     base_flags,
     command_line,
     ended,
@@ -244,15 +246,8 @@ def test_a_signal_after_the_end_is_not_swallowed(
     sent: signal.Signals, flag: str, tmp_path: Path
 ) -> None:
     """Neither after the work nor after an error: sent here when Python is being taken down."""
-    program = (
-        "import atexit, os, runpy, sys\n"
-        "sys.argv.pop(0)\n"
-        "sent = int(sys.argv.pop(0))\n"
-        "atexit.register(lambda: os.kill(os.getpid(), sent))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    python, *script = command_line(FAST, flag)
-    result = ended(start_command(tmp_path, [python, "-c", program, str(int(sent)), *script]))
+    program = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(sent)}))"
+    result = ended(start_command(tmp_path, after(program, FAST, flag)))
     assert result.status == -sent
     assert "Traceback" not in result.err
     assert (tmp_path / "workload.txt").exists() == (flag == "--num_npus=2")
@@ -274,6 +269,11 @@ def test_ctrl_c_ends_a_shells_loop(tmp_path: Path, base: list[str]) -> None:
     assert gone(fake)
 
 
+def is_imported(module: str, said: Path) -> bool:
+    """Say whether a Python that tells of its imports has this one."""
+    return bool(re.search(rf"^import time:.*\| +{module}$", said.read_text(), re.MULTILINE))
+
+
 def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
     """From the script's first import to the end of a run, with a warning between.
 
@@ -287,8 +287,7 @@ def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
     for module, seconds in [("__future__", 0.1), ("tqdm", 0.05)] * 10:
         said.write_text("")
         running = start_command(tmp_path, command, before=lead_a_group)
-        is_imported = re.compile(rf"^import time:.*\| +{module}$", re.MULTILINE)
-        assert until(lambda: bool(is_imported.search(said.read_text())))  # noqa: B023
+        assert until(partial(is_imported, module, said))
         time.sleep(chance.uniform(0, seconds))
         os.killpg(running.pid, signal.SIGINT)
         result = ended(running)
@@ -306,16 +305,13 @@ def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
 def test_ctrl_c_at_the_making_of_tqdms_lock_ends_the_run(tmp_path: Path) -> None:
     """There tqdm swallowed it and left half a lock, at which the first warning stopped."""
     program = (
-        "import os, runpy, signal, sys, tqdm.std\n"
+        "import os, signal, tqdm.std\n"
         "class Lock:\n"
         "    def __init__(self):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "tqdm.std.TqdmDefaultWriteLock = Lock\n"
-        "sys.argv.pop(0)\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+        "tqdm.std.TqdmDefaultWriteLock = Lock"
     )
-    python, *script = command_line(FAST, "--num_npus=3")
-    result = ended(start_command(tmp_path, [python, "-c", program, *script]))
+    result = ended(start_command(tmp_path, after(program, FAST, "--num_npus=3")))
     assert result.status == -signal.SIGINT
     assert "AttributeError" not in result.err
 

@@ -1,4 +1,4 @@
-"""SCALE-Sim: the real releases, a stand-in for v1's command line, and stand-ins for whatever can go wrong."""
+"""SCALE-Sim: the real releases, a stand-in for v1, and stand-ins for whatever can go wrong."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 import gen_astrasim_workload_input as tool
 from helpers import (
+    FAST,
     GOOD_REPORT,
     MNK_INPUTS,
     SCRIPT,
@@ -22,6 +23,7 @@ from helpers import (
     run,
     write_table,
 )
+from processes import simulated, without_progress
 
 # Public, astra-sim issue 45: example.csv, DATA, 16 NPUs in 2 packages, size 2.
 CHECK_VALUE = """\
@@ -50,23 +52,21 @@ def files_of(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("version", ["installed", "2.0.2"])
 def test_the_published_check_value(version: str, tmp_path: Path, release: Release) -> None:
     flags = ["--num_npus=16", "--num_packages=2", "--output_file=new/folders/w.txt"]
+    before = {}
     if version != "installed":
         folder = release(version)
         flags.append(f"--scalesim_path={folder}")
         before = files_of(folder)
-    result = run(tmp_path, *flags)
-    assert (result.status, result.err) == (0, "")
+    result = without_progress(run(tmp_path, *flags))
+    assert (result.status, result.err, simulated(result.out)) == (0, "", 11)
     assert (tmp_path / "new/folders/w.txt").read_text() == CHECK_VALUE.replace(" ", "\t")
     assert "11 distinct GEMMs (11 simulated, 0 from the cache)" in result.out
-    reports = {
-        path.parent.name
-        for path in (tmp_path / "outputs/DATA/example").glob("gemm_*/COMPUTE_REPORT.csv")
-    }
+    reports = list((tmp_path / "outputs/DATA/example").glob("gemm_*/COMPUTE_REPORT.csv"))
     assert len(reports) == 11
-    assert "gemm_64x128x512" in reports
-    logs = list((tmp_path / "outputs/DATA/example").glob("gemm_*/scalesim.log"))
-    assert "SCALE SIM Run Complete" in logs[0].read_text()
-    assert "Saving traces" not in logs[0].read_text()
+    assert "gemm_64x128x512" in {report.parent.name for report in reports}
+    log = reports[0].with_name("scalesim.log").read_text()
+    assert "SCALE SIM Run Complete" in log
+    assert "Saving traces" not in log
     if version != "installed":
         assert files_of(folder) == before, "the SCALE-Sim folder was written to"
 
@@ -76,7 +76,6 @@ def test_the_published_check_value(version: str, tmp_path: Path, release: Releas
 def test_every_release_gives_the_analytical_cycles(
     version: str, dataflow: str, tmp_path: Path, release: Release
 ) -> None:
-    """Every token of the file: releases and the formula agree where there are no stalls."""
     table = write_table(tmp_path / "t.csv", *ROWS)
     (tmp_path / "small.cfg").write_text(
         SMALL_CONFIG.replace("Dataflow: ws", f"Dataflow: {dataflow}")
@@ -86,10 +85,7 @@ def test_every_release_gives_the_analytical_cycles(
     number, _, package = version.partition("/")
     path = [] if version == "installed" else [f"--scalesim_path={release(number) / package}"]
     assert run(tmp_path, *flags, *path, "--output_file=simulated.txt").status == 0
-    assert (
-        run(tmp_path, *flags, "--cycle_model=analytical", "--output_file=analytical.txt").status
-        == 0
-    )
+    assert run(tmp_path, *flags, FAST, "--output_file=analytical.txt").status == 0
     assert (tmp_path / "simulated.txt").read_bytes() == (tmp_path / "analytical.txt").read_bytes()
 
 
@@ -105,7 +101,7 @@ def test_v1_by_its_command_line(strategy: str, tmp_path: Path) -> None:
     result = run(tmp_path, *flags, "--num_npus=16", "--num_packages=2", "--shard_rounding=down")
     assert (result.status, files_of(folder)) == (0, before)
     first = (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")
-    # M x N x K is 64 x 128 x 512, 64 x 512 x 128 and 512 x 128 x 64, M + 2 K + 3 N the stand-in's cycles
+    # M + 2 K + 3 N cycles for M x N x K of 64 x 128 x 512, 64 x 512 x 128 and 512 x 128 x 64
     assert [first[2], first[5], first[8]] == ["1472", "1856", "1024"]
     reports = tmp_path / f"outputs/{strategy}/example_customized/gemm_64x128x512"
     assert sorted(path.name for path in reports.iterdir()) == ["gemm_cycles.csv", "scalesim.log"]
@@ -113,98 +109,246 @@ def test_v1_by_its_command_line(strategy: str, tmp_path: Path) -> None:
 
 
 def test_a_config_of_ones_own(tmp_path: Path) -> None:
-    """Its run_name (quoted, with a shell command, climbing out) and its topology section have no effect."""
+    """Its run_name, with a shell command and climbing out, and its topology are left out."""
     config = SMALL_CONFIG.replace(
         "run_name = gemm", 'run_name = "../../x; touch pwned"\n# 100 % mine'
     )
     config += "[network_presets]\nTopologyCsvLoc: missing\n"
     (tmp_path / "my own.cfg").write_text(config)
     table = write_table(tmp_path / "t.csv", "a,20,10,30")
-    result = run(tmp_path, f"--mnk={table}", "--scalesim_config=my own.cfg", "--num_npus=1")
+    flags = [f"--mnk={table}", "--scalesim_config=my own.cfg", "--num_npus=1"]
+    result = without_progress(run(tmp_path, *flags))
     assert (result.status, result.err) == (0, "")
     assert (tmp_path / "outputs/DATA/t/scalesim.cfg").read_text() == config
     assert not list(tmp_path.rglob("pwned")) + list(tmp_path.rglob("x"))
 
 
-def without(key: str) -> str:
-    return "".join(
-        line for line in tool.BUILT_IN_CONFIG.splitlines(True) if not line.startswith(key)
-    )
+def without(*keys: str) -> str:
+    """Return the built-in config without lines that begin so."""
+    lines = tool.BUILT_IN_CONFIG.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(keys))
 
 
+def with_value(key: str, value: str) -> str:
+    """Return the small config with another value of a key."""
+    lines = SMALL_CONFIG.splitlines(keepends=True)
+    replaced = [f"{key}: {value}\n" if line.startswith(f"{key}:") else line for line in lines]
+    assert replaced != lines
+    return "".join(replaced)
+
+
+def with_line(section: str, line: str) -> str:
+    """Return the small config with another line in a section, which may be new."""
+    header = f"[{section}]\n"
+    if header in SMALL_CONFIG:
+        return SMALL_CONFIG.replace(header, f"{header}{line}\n")
+    return f"{SMALL_CONFIG}{header}{line}\n"
+
+
+BAD_CONFIGS = [
+    pytest.param(
+        "", "no ArrayHeight in [architecture_presets], expected one", id="an empty config"
+    ),
+    pytest.param(
+        without("ArrayWidth"), "no ArrayWidth in [architecture_presets], expected", id="no width"
+    ),
+    pytest.param(
+        without("Dataflow"), "no Dataflow in [architecture_presets], expected", id="no dataflow"
+    ),
+    pytest.param("ArrayHeight: 8\n", "File contains no section headers", id="no sections"),
+    pytest.param("[a]\nb\n", "contains parsing errors", id="a key without a value"),
+    pytest.param("\xff\x00", ", expected a SCALE-Sim config", id="a binary file"),
+    pytest.param(
+        with_value("ArrayWidth", "eight"),
+        "ArrayWidth is 'eight', expected a whole number >= 1",
+        id="a width that is a word",
+    ),
+    pytest.param(
+        with_value("ArrayHeight", "8,64"),
+        "ArrayHeight is '8,64', expected a whole number >= 1",
+        id="a range of heights",
+    ),
+    pytest.param(
+        with_value("ArrayWidth", "0"), "ArrayWidth is '0', expected a whole", id="no columns"
+    ),
+    pytest.param(
+        with_value("Dataflow", "xs"),
+        "Dataflow is 'xs', expected os, ws or is",
+        id="an unknown dataflow",
+    ),
+    pytest.param(
+        with_value("IfmapSramSzkB", "x"),
+        "IfmapSramSzkB is 'x', expected a whole number >= 1",
+        id="an SRAM that is a word",
+    ),
+    pytest.param(
+        with_value("OfmapOffset", "-1"),
+        "OfmapOffset is '-1', expected a whole number >= 0",
+        id="a negative offset",
+    ),
+    pytest.param(
+        with_value("FilterSRAMBankNum", "1.5"),
+        "FilterSRAMBankNum is '1.5', expected a whole number >= 1",
+        id="half a bank",
+    ),
+    pytest.param(
+        with_value("Bandwidth", "10,x"),
+        "Bandwidth is '10,x', expected a whole number >= 1",
+        id="a bandwidth that is a word",
+    ),
+    pytest.param(
+        with_value("InterfaceBandwidth", "BOTH"),
+        "InterfaceBandwidth is 'BOTH', expected CALC or USER",
+        id="an unknown mode",
+    ),
+    pytest.param(
+        with_value("IfmapCustomLayout", "True"),
+        "IfmapCustomLayout is 'True', expected False: the layout is a file for one GEMM",
+        id="a layout of ifmaps",
+    ),
+    pytest.param(
+        with_value("FilterCustomLayout", "1"),
+        "FilterCustomLayout is '1', expected False: the layout is a file for one GEMM",
+        id="a layout of filters",
+    ),
+    pytest.param(
+        with_value("UseRamulatorTrace", "True"),
+        "UseRamulatorTrace is 'True', expected False: the traces are files for one GEMM",
+        id="traces of Ramulator",
+    ),
+    pytest.param(
+        with_value("UseRamulatorTrace", "maybe"),
+        "UseRamulatorTrace is 'maybe', expected False",
+        id="a switch that is a word",
+    ),
+    pytest.param(
+        with_value("SparsitySupport", "true"),
+        "SparsitySupport is 'true', expected False: it would prune the output gradient as well",
+        id="sparsity",
+    ),
+    pytest.param(
+        with_value("SparsitySupport", "true\nOptimizedMapping: true"),
+        "SparsitySupport is 'true', expected False",
+        id="sparsity of rows",
+    ),
+    pytest.param(
+        with_value("MemoryBanks", "2"),
+        "MemoryBanks is '2', expected 1: the memory map of others is a file for one GEMM",
+        id="banks of the memory",
+    ),
+    pytest.param(
+        with_line("memory_map_files", "ifmap: x.csv"),
+        "unknown section [memory_map_files], expected general, architecture_presets, layout",
+        id="a memory map",
+    ),
+    pytest.param(
+        with_line("architecture_presets", "Bandwith: 3"),
+        "unknown key 'bandwith' in [architecture_presets], did you mean bandwidth?",
+        id="a key with a slip",
+    ),
+    pytest.param(
+        with_line("sparsity", "Colour: red"),
+        "unknown key 'colour' in [sparsity], expected sparsitysupport, ",
+        id="an unknown key",
+    ),
+    pytest.param(
+        with_line("run_preset", "Colour: red"),
+        "unknown section [run_preset], did you mean run_presets?",
+        id="a section with a slip",
+    ),
+    pytest.param(
+        with_line("DEFAULT", "Colour: red"), "unknown section [DEFAULT], expected", id="DEFAULT"
+    ),
+    pytest.param(
+        with_line("run_presets", "Bandwidth: 3"),
+        "Bandwidth stands in [run_presets], expected in [architecture_presets]",
+        id="a key in another section",
+    ),
+    pytest.param(
+        with_line("run_preset", "InterfaceBandwidth: USER"),
+        "InterfaceBandwidth stands in [run_preset], expected in [run_presets]",
+        id="a key in an unknown section",
+    ),
+]
+
+
+def check_refusal(folder: Path, config: str, message: str, *flags: str) -> None:
+    """Check that a config is refused in one line before anything is written."""
+    path = folder / "c.cfg"
+    path.write_text(config, encoding="latin-1")
+    (folder / "workload.txt").write_text("mine")
+    result = run(folder, f"--scalesim_config={path}", *flags)
+    assert is_one_error_line(result), result
+    assert result.err.startswith(f"error: {path}: ")
+    assert message in result.err
+    assert {each.name for each in folder.iterdir()} == {"c.cfg", "workload.txt"}
+    assert (folder / "workload.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("config", "message"), BAD_CONFIGS)
+def test_a_config_that_does_not_serve_is_refused_at_once(
+    config: str, message: str, tmp_path: Path
+) -> None:
+    check_refusal(tmp_path, config, message)
+
+
+@pytest.mark.parametrize("flag", [FAST, "--dry_run"])
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("key", "value"),
     [
-        pytest.param(
-            "",
-            "ArrayHeight, ArrayWidth, Dataflow are ['', '', ''], expected numbers >= 1, and os, ws or is",
-            id="empty",
-        ),
-        pytest.param(without("ArrayHeight"), "are ['', '256', 'ws'], expected", id="no height"),
-        pytest.param(
-            SMALL_CONFIG.replace("8", "eight"), "are ['16', 'eight', 'ws'], expected", id="word"
-        ),
-        pytest.param(
-            SMALL_CONFIG.replace("ws", "xs"), "are ['16', '8', 'xs'], expected", id="dataflow"
-        ),
-        pytest.param("ArrayHeight: 8\n", "File contains no section headers", id="no sections"),
-        pytest.param("[a]\nb\n", "contains parsing errors", id="no value"),
-        pytest.param("\xff\x00", ", expected a SCALE-Sim config", id="binary"),
-        pytest.param(
-            SMALL_CONFIG.replace("IfmapCustomLayout: False", "IfmapCustomLayout: True"),
-            "a custom layout is on, which is for one GEMM, expected none",
-            id="layout on",
-        ),
-        pytest.param(
-            SMALL_CONFIG.replace("Kb: 6144", "kB: x").replace("6144", "x"),
-            "invalid literal",
-            id="no number",
-        ),
-        pytest.param(
-            SMALL_CONFIG.replace("CALC", "BOTH"),
-            "InterfaceBandwidth is 'BOTH', expected CALC or USER",
-            id="bandwidth",
-        ),
-        pytest.param(
-            SMALL_CONFIG.replace("Height: 16", "Height: 8,64"),
-            "are ['8,64', '8', 'ws']",
-            id="range",
-        ),
-        pytest.param(
-            SMALL_CONFIG.replace("Support: false", "Support: true\nOptimizedMapping: false"),
-            "SparsitySupport is true, expected false, or SCALE-Sim and OptimizedMapping: true",
-            id="sparsity",
-        ),
+        ("IfmapCustomLayout", "True"),
+        ("UseRamulatorTrace", "True"),
+        ("SparsitySupport", "true"),
+        ("MemoryBanks", "2"),
+        ("FilterSramSzkB", "x"),
+        ("ArrayHeight", "8,64"),
+        ("ArrayWidth", "0"),
+        ("Dataflow", "rs"),
     ],
 )
-def test_a_config_that_does_not_serve(config: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "c.cfg").write_text(config, encoding="latin-1")
-    (tmp_path / "workload.txt").write_text("mine")
-    result = run(tmp_path, "--scalesim_config=c.cfg", "--jobs=1")
-    assert is_one_error_line(result), result
-    assert message in result.err
-    assert (tmp_path / "workload.txt").read_text() == "mine"
+def test_a_config_is_refused_also_where_scalesim_does_not_run(
+    key: str, value: str, flag: str, tmp_path: Path
+) -> None:
+    check_refusal(tmp_path, with_value(key, value), f"{key} is '{value}', expected ", flag)
+
+
+HARMLESS_LINES = [
+    ("architecture_presets", "MemoryMap: none"),
+    ("architecture_presets", "OnChipMemoryBanks: 4"),
+    ("sparsity", "SparseRep: ellpack_block"),
+    ("sparsity", "BlockSize: 4"),
+    ("network_presets", "TopologyCsvLoc: missing"),
+]
+
+
+@pytest.mark.parametrize(("section", "line"), HARMLESS_LINES)
+def test_a_key_of_scalesims_own_configs_that_changes_nothing_is_let_be(
+    section: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.cfg").write_text(with_line(section, line))
+    result = run(tmp_path, FAST, "--scalesim_config=c.cfg")
+    assert (result.status, result.err) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("version", "config", "lacking"),
     [
-        ("installed", without("UseRamulatorTrace"), "useramulatortrace"),
+        ("installed", without("UseRamulatorTrace"), "UseRamulatorTrace"),
         (
             "installed",
-            without("IfmapSramSzkB").replace("SparsitySupport: false\n", ""),
-            "ifmapsramszkb, sparsitysupport",
+            without("IfmapSramSzkB", "SparsitySupport"),
+            "IfmapSramSzkB, SparsitySupport",
         ),
-        ("installed", without("IfmapSramSz:").replace("MemoryBanks: 1\n", ""), ""),
+        ("installed", without("IfmapSramSz:", "MemoryBanks"), ""),
         (
-            "2.0.2",
-            without("UseRamulatorTrace")
-            .replace("[layout]", "[other]")
-            .replace("MemoryBanks: 1\n", ""),
-            "",
+            "installed",
+            without("Bandwidth", "IfmapSramSzkB", "Filter", "IfmapOffset", "InterfaceBandwidth"),
+            "InterfaceBandwidth, Bandwidth, IfmapSramSzkB, FilterSramSzkB, IfmapOffset"
+            " and 5 more keys",
         ),
-        ("2.0.2", without("InterfaceBandwidth"), "interfacebandwidth"),
-        ("2.0", without("MemoryBanks"), "memorybanks"),
+        ("2.0.2", without("UseRamulatorTrace", "MemoryBanks", "IfmapSRAMBank", "FilterC"), ""),
+        ("2.0.2", without("InterfaceBandwidth"), "InterfaceBandwidth"),
+        ("2.0", without("MemoryBanks"), "MemoryBanks"),
     ],
 )
 def test_what_a_config_lacks_comes_from_the_built_in_one(
@@ -213,10 +357,64 @@ def test_what_a_config_lacks_comes_from_the_built_in_one(
     (tmp_path / "c.cfg").write_text(config)
     table = write_table(tmp_path / "t.csv", "a,8,4,4")
     path = [] if version == "installed" else [f"--scalesim_path={release(version)}"]
-    result = run(tmp_path, f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path)
-    warning = f"warning: --scalesim_config lacks {lacking}, which this SCALE-Sim reads: taken from the built-in config\n"
+    flags = [f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path]
+    result = without_progress(run(tmp_path, *flags))
+    what = f"--scalesim_config lacks {lacking}, which this SCALE-Sim reads"
+    warning = f"warning: {what}: taken from the built-in config\n"
     assert (result.status, result.err) == (0, warning if lacking else "")
     assert (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")[2] == "773"
+
+
+def bound_by_memory(bandwidth: int) -> str:
+    """Return a config of an 8 x 8 array with small SRAMs, whose cycles the bandwidth decides."""
+    return f"""\
+[architecture_presets]
+ArrayHeight: 8
+ArrayWidth: 8
+Dataflow: ws
+IfmapSramSzkB: 1
+FilterSramSzkB: 1
+OfmapSramSzkB: 1
+Bandwidth: {bandwidth}
+[run_presets]
+InterfaceBandwidth: USER
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "bandwidth", "cycles"),
+    [
+        ("2.0.2", 64, 5503),
+        ("installed", 64, 5503),
+        ("2.0.2", 1, 45688),
+        ("installed", 1, 45949),
+    ],
+)
+def test_under_user_each_release_reads_at_the_configs_own_bandwidth(
+    version: str, bandwidth: int, cycles: int, tmp_path: Path, release: Release
+) -> None:
+    (tmp_path / "c.cfg").write_text(bound_by_memory(bandwidth))
+    table = write_table(tmp_path / "t.csv", "a,64,64,64")
+    path = [] if version == "installed" else [f"--scalesim_path={release(version)}"]
+    flags = [f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path]
+    result = run(tmp_path, *flags)
+    assert result.status == 0, result
+    assert "BankBandwidth" not in result.err
+    first = (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")
+    assert first[2] == str(cycles)
+
+
+def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
+    given = bound_by_memory(64) + "[layout]\nFilterSRAMBankBandwidth: 7\nFilterSRAMBankNum: 2\n"
+    (tmp_path / "c.cfg").write_text(given)
+    text = tool.read_architecture(tmp_path / "c.cfg").scalesim_text
+    for line in (
+        "ifmapsrambankbandwidth = 64",
+        "ifmapsrambanknum = 1",
+        "filtersrambankbandwidth = 7",
+        "filtersrambanknum = 2",
+    ):
+        assert f"\n{line}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -255,7 +453,7 @@ def test_a_scalesim_that_fails(body: str, message: str, tmp_path: Path) -> None:
     fake = fake_v2(tmp_path / "fake", body)
     (tmp_path / "workload.txt").write_text("mine")
     table = write_table(tmp_path / "t.csv", "deep,64,32,16")
-    result = run(tmp_path, f"--scalesim_path={fake}", f"--mnk={table}")
+    result = without_progress(run(tmp_path, f"--scalesim_path={fake}", f"--mnk={table}"))
     assert is_one_error_line(result), result
     assert result.err.startswith("error: SCALE-Sim failed on GEMM ")
     assert "(layer deep, " in result.err
@@ -286,7 +484,7 @@ def test_a_scalesim_folder_that_is_none(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_runs_is_what_was_found(tmp_path: Path) -> None:
-    """A package scalesim that only this script's path leads to is the one that runs, under its own cache key."""
+    """A package scalesim that only this script's path leads to is the one that runs."""
     fake = fake_v2(tmp_path / "here", GOOD_REPORT)
     script = tmp_path / "here" / "script.py"
     script.write_text(SCRIPT.read_text())
@@ -305,22 +503,42 @@ def test_scalesim_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_code_decides_which_scalesim_it_is(tmp_path: Path) -> None:
     first = tool.find_scalesim(fake_v2(tmp_path / "a", GOOD_REPORT), "")
     same = tool.find_scalesim(fake_v2(tmp_path / "b", GOOD_REPORT), "")
-    other = tool.find_scalesim(fake_v2(tmp_path / "c", GOOD_REPORT + "  # another"), "")
-    assert (first.version, first.digest == same.digest, first.digest == other.digest) == (
-        2,
-        True,
-        False,
-    )
-    (tmp_path / "a" / "scalesim" / "layout_utils.py").write_text("")
-    with pytest.raises(
-        tool.UserError, match=f"^the SCALE-Sim in {tmp_path}/a is not the one that this run began"
-    ):
-        tool.simulate(first, tool.Gemm(1, 1, 1))
+    other = tool.find_scalesim(fake_v2(tmp_path / "c", f"{GOOD_REPORT}  # another"), "")
+    assert first.digest == same.digest
+    assert first.digest != other.digest
+
+
+def test_the_code_in_its_subfolders_decides_which_scalesim_it_is(tmp_path: Path) -> None:
+    """Most of SCALE-Sim's code stands in scalesim/compute and scalesim/memory."""
+    folder = fake_v2(tmp_path / "a", GOOD_REPORT)
+    without_any = tool.find_scalesim(folder, "").digest
+    code = folder / "scalesim/memory/buffers/buffer.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("size = 1\n")
+    first = tool.find_scalesim(folder, "").digest
+    code.write_text("size = 2\n")
+    second = tool.find_scalesim(folder, "").digest
+    assert len({without_any, first, second}) == 3
+
+
+def test_the_config_decides_which_scalesim_it_is(tmp_path: Path) -> None:
+    folder = fake_v2(tmp_path / "a", GOOD_REPORT)
+    assert tool.find_scalesim(folder, "a").digest != tool.find_scalesim(folder, "b").digest
+
+
+def test_a_scalesim_that_changes_during_a_run_is_refused(tmp_path: Path) -> None:
+    first = tool.find_scalesim(fake_v2(tmp_path / "a", GOOD_REPORT), "")
+    assert first.version == 2
+    (tmp_path / "a/scalesim/layout_utils.py").write_text("")
+    expected = f"the SCALE-Sim in {tmp_path}/a is not the one that this run began with"
+    with pytest.raises(tool.UserError) as error:
+        tool.simulate(first, tool.Gemm(m=1, n=1, k=1))
+    assert str(error.value) == expected
     assert tool.find_scalesim(tmp_path / "a", "").version == 3
 
 
 def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
-    """SCALE-Sim sees the same few names in its folder, however a table, a layer, a run or a folder is called."""
+    """It sees the same few names, however a table, a layer, a run or a folder is called."""
     fake = fake_v2(
         tmp_path / "a b'c;$(d)\u00e9",
         f"print(sorted(os.listdir('.')), self.topology)\n{GOOD_REPORT}",
@@ -329,13 +547,8 @@ def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
     odd.mkdir()
     table = write_table(odd / "t $(touch z).csv", "`touch z`;DP_sram,8,4,4")
     output = odd / "o $(touch z);'\u00e9.txt"
-    result = run(
-        odd,
-        f"--mnk={table}",
-        f"--scalesim_path={fake}",
-        f"--output_file={output}",
-        "--run_name=r $(touch z)",
-    )
+    flags = [f"--mnk={table}", f"--scalesim_path={fake}", f"--output_file={output}"]
+    result = run(odd, *flags, "--run_name=r $(touch z)")
     assert result.status == 0, result
     logs = [path.read_text().strip() for path in odd.rglob("scalesim.log")]
     assert set(logs) == {"['gemm.cfg', 'gemm.csv', 'layout.csv', 'scalesim.log'] gemm.csv"}

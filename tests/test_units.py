@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import gen_astrasim_workload_input as tool
 from helpers import (
     FAST,
+    folds_of_100,
     generate,
     is_flag_error,
     read_like_astrasim,
@@ -140,9 +141,8 @@ def test_whole_microseconds_of_a_fast_clock_are_warned_of_once(
 def test_rounding_that_moves_a_pass_by_more_than_1_percent_is_warned_of(
     cycles: int, change: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GEMM of up to 50 x 50 takes 100 + its reduction; the other passes take 30 us exactly."""
-    config = tmp_path / "c.cfg"
-    config.write_text("[architecture_presets]\nArrayHeight: 50\nArrayWidth: 53\nDataflow: os\n")
+    """The forward pass takes 100 + k cycles, the others 105, which are 30 us exactly."""
+    config = folds_of_100(tmp_path / "c.cfg")
     mnk = write_table(tmp_path / "t.csv", f"a,5,5,{cycles - 100}")
     chosen = {"mnk": mnk, "scalesim_config": config, "num_npus": 1, "num_packages": 1}
     generate(tmp_path, **chosen, time_unit="us", clock_mhz=3.5)

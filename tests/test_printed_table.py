@@ -1,0 +1,148 @@
+"""The printed table: right numbers, uneven layers marked, repeated blocks shown once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import generate, read_like_astrasim, write_table
+
+FOOTNOTE = "* a size that does not divide: NPUs have different shares"
+CONVOLUTIONS = (
+    "Layer,IFMAP Height,IFMAP Width,Filter Height,Filter Width,Channels,Num Filter,Strides"
+)
+
+Labels = list[str]
+
+
+def table_lines(out: str) -> list[str]:
+    """Return the lines between the header and the totals or the footnote."""
+    lines = out.splitlines()
+    (first,) = [index for index, line in enumerate(lines) if line.startswith("layer ")]
+    ends = (FOOTNOTE, "totals of a training step")
+    end = min(index for index, line in enumerate(lines) if line in ends)
+    return lines[first + 1 : end]
+
+
+def labels_of(out: str) -> list[str]:
+    """Return how the layers are called, each in the first of its three lines."""
+    lines = table_lines(out)
+    assert len(lines) % 3 == 0
+    return [line.split("  ")[0] for line in lines[::3]]
+
+
+def labels(folder: Path, capsys: pytest.CaptureFixture[str], *rows: str, **changes: Any) -> Labels:
+    """Return how the layers of a table are called."""
+    header = changes.pop("header", "Layer,m,n,k")
+    capsys.readouterr()
+    generate(folder, mnk=write_table(folder / "t.csv", *rows, header=header), **changes)
+    return labels_of(capsys.readouterr().out)
+
+
+@pytest.fixture
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return what is printed of 97 layers, of which 95 are alike."""
+    alike = [f"same{i},1024,512,512" for i in range(95)]
+    rows = ["first,100,512,512", *alike, "n,1024,10000000,1"]
+    generate(tmp_path, mnk=write_table(tmp_path / "t.csv", *rows), parallel="HYBRID_DATA_MODEL")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_equal_layers_stand_in_one_line(printed: list[str]) -> None:
+    assert labels_of("\n".join(printed)) == ["first", "95 × same0 ... same94", "n"]
+
+
+def test_the_totals_are_those_of_the_text_file(printed: list[str], tmp_path: Path) -> None:
+    ends = (" bytes", " cycles")
+    totals = {line.split("  ")[0]: line.split()[-2] for line in printed if line.endswith(ends)}
+    _, layers = read_like_astrasim((tmp_path / "workload.txt").read_text())
+    passes = [each for layer in layers for each in layer.passes]
+    assert totals["compute, all passes"] == f"{sum(time for time, _, _ in passes):,}"
+    for kind in ("ALLGATHER", "REDUCESCATTER", "ALLREDUCE"):
+        size = sum(size for _, collective, size in passes if collective == kind)
+        assert totals[f"97 × {kind}"] == f"{size:,}"
+    assert totals["97 × ALLREDUCE"] == f"{96 * 512 * 512 * 2 // 8 + 10000000 * 2 // 8:,}"
+
+
+def test_the_output_is_named(printed: list[str], tmp_path: Path) -> None:
+    wrote = f"wrote {tmp_path}/workload.txt: 97 layers, "
+    assert [line for line in printed if line.startswith(wrote)]
+
+
+def test_columns_are_wide_enough(printed: list[str]) -> None:
+    """Cells are two blanks apart, so that every line has as many as the header."""
+    (header,) = [line for line in printed if line.startswith("layer ")]
+    end = header.index("cycles") + len("cycles")
+    lines = table_lines("\n".join(printed))
+    assert {line[end - 1].isdigit() and line[end : end + 2] for line in lines} == {"  "}
+
+
+def test_uneven_layers_are_marked_and_explained_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["odd,100,50,30", "even,160,50,30", "odd_too,100,60,30"]
+    generate(tmp_path, mnk=write_table(tmp_path / "t.csv", *rows))
+    out = capsys.readouterr().out
+    assert labels_of(out) == ["odd *", "even", "odd_too *"]
+    assert out.splitlines().count(FOOTNOTE) == 1
+
+
+def test_even_layers_need_no_explanation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert labels(tmp_path, capsys, "even,160,50,30") == ["even"]
+    generate(tmp_path, mnk=tmp_path / "t.csv")
+    assert "*" not in capsys.readouterr().out
+
+
+# --- Blocks that repeat
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        pytest.param("aaa", ["3 × 0 ... 2"], id="one layer"),
+        pytest.param("aabaaa", ["2 × 0 ... 1", "2", "3 × 3 ... 5"], id="twice"),
+        pytest.param("abcbcbcd", ["0", "3 × 1 ... 5", "3 × 2 ... 6", "7"], id="two layers"),
+        pytest.param("abc", ["0", "1", "2"], id="none"),
+    ],
+)
+def test_repeated_blocks_are_shown_once_in_the_networks_order(
+    kinds: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{index},{16 * ord(kind)},16,16" for index, kind in enumerate(kinds)]
+    assert labels(tmp_path, capsys, *rows) == expected
+
+
+def test_a_block_of_32_layers_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{index},{16 + 16 * (index % 32)},16,16" for index in range(64)]
+    expected = [f"2 × {index} ... {index + 32}" for index in range(32)]
+    assert labels(tmp_path, capsys, *rows) == expected
+
+
+def test_a_block_of_33_layers_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{index},{16 + 16 * (index % 33)},16,16" for index in range(66)]
+    assert labels(tmp_path, capsys, *rows) == [str(index) for index in range(66)]
+
+
+@pytest.mark.parametrize("parallel", ["DATA", "MODEL"])
+def test_layers_with_other_ifmaps_are_not_merged(
+    parallel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As GEMMs they are alike, 4 x 4 outputs; the REDUCESCATTERs under MODEL are not."""
+    rows = ["a,4,4,1,1,64,64,1", "b,7,7,1,1,64,64,2"]
+    names = labels(tmp_path, capsys, *rows, header=CONVOLUTIONS, parallel=parallel, minibatch=16)
+    assert names == ["a", "b"]
+
+
+@pytest.mark.parametrize("npus", [1, 16], ids=["1 NPU", "16 NPUs"])
+def test_layers_of_another_strategy_are_not_merged(
+    npus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one package both do the same, and of one NPU all do."""
+    header = "Layer,m,n,k,CustomizedParallelization"
+    rows = ["a,64,64,64,MODEL", "b,64,64,64,HYBRID_DATA_MODEL"]
+    chosen = {"parallel": "HYBRID_CUSTOMIZED", "num_npus": npus, "num_packages": 1}
+    assert labels(tmp_path, capsys, *rows, header=header, **chosen) == ["a", "b"]

@@ -50,7 +50,8 @@ try:
 except ImportError as missing:
     sys.exit(f"error: no {missing.name} in {sys.executable}: pip install -r requirements.txt")
 
-tqdm.get_lock()  # type: ignore[no-untyped-call] # made now: an interrupt in the making is lost
+# tqdm makes its lock at its first use, and a Ctrl-C in that moment would be lost.
+tqdm.get_lock()  # type: ignore[no-untyped-call]
 
 
 # --- What stands in tables and files
@@ -77,12 +78,7 @@ DLRM = "HYBRID_DLRM"  # the embedding is split as by MODEL, all other layers as 
 
 # By their numbers in Chakra.
 COLLECTIVE_TYPES = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0, "ALLTOALL": 6}
-PASS_FILES = {
-    "forward": "fwd_pass",
-    "input gradient": "inp_grad",
-    "weight gradient": "weight_grad",
-}
-COUNTED_BY_SHARE = ("ALLGATHER", "ALLTOALL")  # by one NPU's bytes; the others by the whole buffer
+PASS_NAMES = ("forward", "input gradient", "weight gradient")
 
 # --- Flags
 
@@ -133,15 +129,17 @@ flags.DEFINE_bool("dry_run", False, "Print the plan and its cost; write nothing.
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate there.")
 
 
-def is_no_folder(path: str) -> bool:
-    """Say whether a path is empty or ends in a file's name."""
+def is_file_or_empty(path: str) -> bool:
+    """Say whether a path ends in a file's name, or is not given."""
     return not path or path.rpartition("/")[2] not in ("", ".", "..")
 
 
 def is_below_outputs(run_name: str) -> bool:
     """Say whether a run's name stays below outputs/<parallel>."""
     parts = run_name.split("/")
-    return not run_name.startswith("/") and "." not in parts and ".." not in parts
+    if "." in parts or ".." in parts or "\0" in run_name:
+        return False
+    return not run_name.startswith("/")
 
 
 def packages_divide_npus(given: dict[str, int]) -> bool:
@@ -149,7 +147,7 @@ def packages_divide_npus(given: dict[str, int]) -> bool:
     return given["num_npus"] % given["num_packages"] == 0
 
 
-def has_clock_where_needed(given: dict[str, Any]) -> bool:
+def check_clock(given: dict[str, Any]) -> bool:
     """Refuse a clock that is missing, or that nothing uses."""
     unit, clock, traces = given["time_unit"], given["clock_mhz"], given["chakra_et"]
     if unit != "cycles" and clock is None:
@@ -165,16 +163,14 @@ def has_clock_where_needed(given: dict[str, Any]) -> bool:
 
 flags.register_validator("mnk", bool, "expected a path")
 flags.register_validator("output_file", bool, "expected a path")
-flags.register_validator("output_file", is_no_folder, "expected a file, not a folder")
-flags.register_validator("summary_csv", is_no_folder, "expected a file, not a folder")
-flags.register_validator("chakra_et", is_no_folder, "expected how file names begin")
+flags.register_validator("output_file", is_file_or_empty, "expected a file, not a folder")
+flags.register_validator("summary_csv", is_file_or_empty, "expected a file, not a folder")
+flags.register_validator("chakra_et", is_file_or_empty, "expected how file names begin")
 flags.register_validator("run_name", is_below_outputs, "expected a folder below outputs")
 flags.register_multi_flags_validator(
     ["num_npus", "num_packages"], packages_divide_npus, "packages must divide NPUs"
 )
-flags.register_multi_flags_validator(
-    ["time_unit", "clock_mhz", "chakra_et"], has_clock_where_needed
-)
+flags.register_multi_flags_validator(["time_unit", "clock_mhz", "chakra_et"], check_clock)
 
 
 class Settings(NamedTuple):
@@ -199,7 +195,7 @@ class Settings(NamedTuple):
     time_unit: str
     clock_mhz: float | None
     chakra_et: Path | None
-    num_passes: int
+    num_passes: int  # training steps
     summary_csv: Path | None
     dry_run: bool
     dask_scheduler: str
@@ -340,7 +336,7 @@ DERIVED_COLUMNS = ("eh", "ew", "e2")  # sizes of outputs, in SCALE-Sim's own fil
 ALIASES = {"layer name": "layer", "channel": "channels", "num filters": "num filter"}
 
 
-class TableRow(NamedTuple):
+class TableLine(NamedTuple):
     """A line below the header."""
 
     where: str  # "file:line"
@@ -360,45 +356,42 @@ def read_layers(path: Path, parallel: str, minibatch: int) -> list[Layer]:
 
     UserError, with file and line, for whatever is not understood.
     """
-    rows = read_rows(path, parallel)
-    if minibatch > 1 and "m" in rows[0].cells:
+    lines = read_lines(path, parallel)
+    if minibatch > 1 and "m" in lines[0].cells:
         what = f"--minibatch={minibatch} with GEMMs, whose m counts the samples"
-        raise UserError(f"{rows[0].where}: {what}, expected convolutions")
-    layers = [read_layer(row, parallel, minibatch) for row in rows]
+        raise UserError(f"{lines[0].where}: {what}, expected convolutions")
+    layers = [read_layer(line, parallel, minibatch) for line in lines]
     renamed = []
     uncounted = []
-    for row, layer in zip(rows, layers):
-        if layer.name != row.cells["layer"]:
-            renamed.append(row.where)
-        if layer.batch and not row.cells.get(COUNT):
-            uncounted.append(row.where)
-    if renamed:
-        warn(f"{renamed[0]}: blanks in a name become _ ({len(renamed)} such in all)")
-    if uncounted:
-        what = f"a BATCHED_GEMM without a count, which is taken as 1 ({len(uncounted)} such in all)"
-        warn(f"{uncounted[0]}: {what}")
+    for line, layer in zip(lines, layers):
+        if layer.name != line.cells["layer"]:
+            renamed.append(f"{line.where}: blanks in a name become _")
+        if layer.batch and not line.cells.get(COUNT):
+            uncounted.append(f"{line.where}: a BATCHED_GEMM without a count")
+    warn_of_first(renamed, "")
+    warn_of_first(uncounted, ", each taken as one product")
     if parallel == DLRM:
         check_embedding(path, layers)
     return layers
 
 
-def read_rows(path: Path, parallel: str) -> list[TableRow]:
+def read_lines(path: Path, parallel: str) -> list[TableLine]:
     """Return the lines below the header that are layers; UserError where there are none."""
-    lines = table_lines(path)
-    where, header = next(lines, (f"{path}:1", []))
+    numbered_lines = table_lines(path)
+    header_where, header = next(numbered_lines, (f"{path}:1", []))
     while header and not header[-1]:
         header.pop()  # the trailing comma of SCALE-Sim's files
-    columns = read_header(where, header, parallel)
-    rows = []
-    for where, cells in lines:
+    columns = read_header(header_where, header, parallel)
+    lines = []
+    for where, cells in numbered_lines:
         if "m" not in columns and not any(cells[1:]):
             warn(f"{where}: {shown(cells[0])} is taken for a title")
             continue
         check_cells(where, cells, header, columns)
-        rows.append(TableRow(where, {name: cells[index] for name, index in columns.items()}))
-    if not rows:
-        raise UserError(f"{where}: no layers, expected one in each line below")
-    return rows
+        lines.append(TableLine(where, {name: cells[index] for name, index in columns.items()}))
+    if not lines:
+        raise UserError(f"{header_where}: no layers, expected one in each line below")
+    return lines
 
 
 def table_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -441,7 +434,7 @@ def index_columns(where: str, names: list[str], known: list[str]) -> dict[str, i
         if name in columns:
             raise UserError(f"{where}: two columns {name}, expected one")
         if name and name not in known:
-            expected = suggestion(name, known) or f"expected {', '.join(known)}"
+            expected = expected_name(name, known)
             raise UserError(f"{where}: unknown column {shown(name)}, {expected}")
         if name:
             columns[name] = index
@@ -461,7 +454,7 @@ def column_names(header: list[str]) -> list[str]:
 
 def table_format(names: list[str]) -> tuple[list[str], list[str]]:
     """Return the columns that a table with these must have, and all that it may have."""
-    if "ifmap height" not in names and "filter height" not in names:
+    if "ifmap height" not in names and "filter height" not in names:  # either may be misspelt
         return [*GEMM_COLUMNS], [*GEMM_COLUMNS, TYPE, COUNT, STRATEGY_COLUMN]
     strides = ["strides"]
     if any(name in names for name in DIRECTED_STRIDES):
@@ -483,22 +476,22 @@ def check_cells(where: str, cells: list[str], header: list[str], columns: dict[s
             )
 
 
-def read_layer(row: TableRow, parallel: str, minibatch: int) -> Layer:
+def read_layer(line: TableLine, parallel: str, minibatch: int) -> Layer:
     """Return the layer of a line; UserError where a cell is not understood."""
-    name = "_".join(row.cells["layer"].split())
+    name = "_".join(line.cells["layer"].split())
     if not name or not name.isprintable():
-        raise UserError(f"{row.where}: layer name {shown(name)}, expected printable characters")
-    layer_type = read_type(row, parallel)
+        raise UserError(f"{line.where}: layer name {shown(name)}, expected printable characters")
+    layer_type = read_type(line, parallel)
     strategy = parallel
     if parallel == CUSTOMIZED:
-        strategy = read_strategy(row)
+        strategy = read_strategy(line)
     elif parallel == DLRM:
         strategy = "MODEL" if layer_type == "EMBEDDING" else "DATA"
-    if "m" not in row.cells:
-        return convolution_layer(name, strategy, row, minibatch)
-    m, n, k = row.size("m"), row.size("n"), row.size("k")
-    batch = read_batch(row, layer_type)
-    return Layer(name, row.where, layer_type, strategy, m, n, k, input_elements=m * k, batch=batch)
+    if "m" not in line.cells:
+        return convolution_layer(name, strategy, line, minibatch)
+    m, n, k = line.size("m"), line.size("n"), line.size("k")
+    batch = read_batch(line, layer_type)
+    return Layer(name, line.where, layer_type, strategy, m, n, k, input_elements=m * k, batch=batch)
 
 
 def check_embedding(path: Path, layers: list[Layer]) -> None:
@@ -514,67 +507,65 @@ def check_embedding(path: Path, layers: list[Layer]) -> None:
         raise UserError(f"{where}: EMBEDDING at an end of the table, {expected}")
 
 
-def read_type(row: TableRow, parallel: str) -> str:
+def read_type(line: TableLine, parallel: str) -> str:
     """Return a layer's type."""
-    cell = row.cells.get(TYPE, "")
+    cell = line.cells.get(TYPE, "")
     layer_type = cell.upper() or "GEMM"
     if layer_type not in TABLE_TYPES:
-        expected = suggestion(layer_type, TABLE_TYPES) or f"expected {', '.join(TABLE_TYPES)}"
-        raise UserError(f"{row.where}: unknown type {shown(cell)}, {expected}")
+        expected = expected_name(layer_type, TABLE_TYPES)
+        raise UserError(f"{line.where}: unknown type {shown(cell)}, {expected}")
     if layer_type == "EMBEDDING" and parallel != DLRM:
-        raise UserError(f"{row.where}: type EMBEDDING, expected --parallel={DLRM}")
+        raise UserError(f"{line.where}: type EMBEDDING, expected --parallel={DLRM}")
     return layer_type
 
 
-def read_strategy(row: TableRow) -> str:
+def read_strategy(line: TableLine) -> str:
     """Return a layer's own strategy."""
-    cell = row.cells[STRATEGY_COLUMN]
+    cell = line.cells[STRATEGY_COLUMN]
     strategy = cell.upper().replace("HYBRD", "HYBRID")  # as the format was once described
     if strategy not in STRATEGIES:
         expected = ", ".join(STRATEGIES)
-        raise UserError(f"{row.where}: strategy {shown(cell)}, expected one of {expected}")
+        raise UserError(f"{line.where}: strategy {shown(cell)}, expected one of {expected}")
     return strategy
 
 
-def read_batch(row: TableRow, layer_type: str) -> Batch | None:
+def read_batch(line: TableLine, layer_type: str) -> Batch | None:
     """Return the count of a BATCHED_GEMM: 1 where there is none."""
-    cell = row.cells.get(COUNT, "")
+    cell = line.cells.get(COUNT, "")
     if layer_type != "BATCHED_GEMM":
         if cell:
-            raise UserError(f"{row.where}: count {shown(cell)} of a {layer_type}, expected none")
+            raise UserError(f"{line.where}: count {shown(cell)} of a {layer_type}, expected none")
         return None
     if not cell:
-        return Batch(1, None)
-    samples, by, heads = re.sub("[X×]", "x", cell).partition("x")
-    numbers = [whole_number(samples.strip())]
-    if by:
-        numbers.append(whole_number(heads.strip()))
-    if not all(numbers):
-        expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
-        raise UserError(f"{row.where}: count is {shown(cell)}, {expected}")
-    return Batch(numbers[0] or 1, numbers[1] if by else None)
+        return Batch(samples=1, heads=None)
+    expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
+    first, times, second = cell.lower().replace("×", "x").partition("x")
+    samples, heads = whole_number(first.strip()), whole_number(second.strip())
+    if not samples or (times and not heads):
+        raise UserError(f"{line.where}: count is {shown(cell)}, {expected}")
+    return Batch(samples, heads)
 
 
-def convolution_layer(name: str, strategy: str, row: TableRow, minibatch: int) -> Layer:
+def convolution_layer(name: str, strategy: str, line: TableLine, minibatch: int) -> Layer:
     """Return the GEMM of a convolution: a row for each output pixel, a column for each filter."""
-    height, width = row.size("ifmap height"), row.size("ifmap width")
-    filter_height, filter_width = row.size("filter height"), row.size("filter width")
-    channels, filters = row.size("channels"), row.size("num filter")
-    if "strides" in row.cells:
-        stride_height = stride_width = row.size("strides")
+    height, width = line.size("ifmap height"), line.size("ifmap width")
+    filter_height, filter_width = line.size("filter height"), line.size("filter width")
+    channels, filters = line.size("channels"), line.size("num filter")
+    if "strides" in line.cells:
+        stride_height = stride_width = line.size("strides")
     else:
-        stride_height, stride_width = row.size("stride height"), row.size("stride width")
-    output_height = output_size(row, height, filter_height, stride_height)
-    output_width = output_size(row, width, filter_width, stride_width)
-    groups = read_groups(name, row)
+        stride_height, stride_width = line.size("stride height"), line.size("stride width")
+    output_height = output_size(line, height, filter_height, stride_height)
+    output_width = output_size(line, width, filter_width, stride_width)
+    groups = read_groups(name, line)
     for column, size in (("channels", channels), ("num filter", filters)):
         if size % groups:
             raise UserError(
-                f"{row.where}: {column} is {size}, expected a multiple of {groups} groups"
+                f"{line.where}: {column} is {size}, expected a multiple of {groups} groups"
             )
     return Layer(
         name,
-        row.where,
+        line.where,
         "GEMM",
         strategy,
         m=minibatch * output_height * output_width,
@@ -586,23 +577,23 @@ def convolution_layer(name: str, strategy: str, row: TableRow, minibatch: int) -
     )
 
 
-def read_groups(name: str, row: TableRow) -> int:
+def read_groups(name: str, line: TableLine) -> int:
     """Return the groups of a convolution; UserError where its name alone says depth-wise."""
-    if row.cells.get(GROUPS):
-        return row.size(GROUPS)
+    if line.cells.get(GROUPS):
+        return line.size(GROUPS)
     if re.search("(?<![A-Z])DP(?![A-Za-z])", name):
         what = f"{name}: DP marks a depth-wise layer for SCALE-Sim"
-        raise UserError(f"{row.where}: {what}, expected its channels in a column Groups")
+        raise UserError(f"{line.where}: {what}, expected its channels in a column Groups")
     return 1
 
 
-def output_size(row: TableRow, ifmap: int, window: int, stride: int) -> int:
+def output_size(line: TableLine, ifmap: int, window: int, stride: int) -> int:
     """Return the height or width of a convolution's output; UserError where no window fits."""
-    padding = row.size(PADDING, least=0) if PADDING in row.cells else 0
+    padding = line.size(PADDING, least=0) if PADDING in line.cells else 0
     room = ifmap + 2 * padding - window
     if room < 0:
-        raise UserError(f"{row.where}: a filter larger than its ifmap, expected a smaller one")
-    if PADDING in row.cells:
+        raise UserError(f"{line.where}: a filter larger than its ifmap, expected a smaller one")
+    if PADDING in line.cells:
         return room // stride + 1  # as PyTorch counts
     return -(-(room + stride) // stride)  # rounded up, as SCALE-Sim counts
 
@@ -625,6 +616,7 @@ class PassRule(NamedTuple):
     columns: str
     reduction: str
     transfer: Transfer | None
+    accesses: int | None = None  # how often look-ups access an element; None: it is a GEMM
 
     @property
     def sizes(self) -> tuple[str, str, str]:
@@ -672,11 +664,12 @@ LAYER_TYPES = {
         input_gradient=PassRule("m'", "k", "n/g", None),
         weight_gradient=PassRule("k", "n/g", "m'", REDUCE_WEIGHTS),
     ),
-    # Tables of embeddings, cut by columns; k look-ups for each sample and column.
+    # Tables of embeddings, cut by columns; k look-ups for each sample and column. An update reads
+    # and writes what was looked up.
     "EMBEDDING": LayerRule(
-        forward=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS),
-        input_gradient=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS),
-        weight_gradient=PassRule("m", "n'", "k", None),
+        forward=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS, accesses=1),
+        input_gradient=PassRule("m", "n'", "k", EXCHANGE_OUTPUTS, accesses=0),
+        weight_gradient=PassRule("m", "n'", "k", None, accesses=2),
     ),
 }
 TABLE_TYPES = [name for name in LAYER_TYPES if name != "GROUPED"]  # which is a matter of groups
@@ -689,33 +682,31 @@ def plan_layer(layer: Layer, settings: Settings) -> LayerPlan:
     mp = group_size(strategy.split_n, settings.network)
     has_whole_groups = layer.groups > 1 and layer.groups >= mp
     rule = LAYER_TYPES["GROUPED" if has_whole_groups else layer.type]
-    shares = {
-        "m'": split("m", layer.m, dp, settings.shard_rounding),
-        "n'": split("n", layer.n, mp, settings.shard_rounding),
-        "k'": split("k", layer.k, mp, settings.shard_rounding),
-    }
     sizes = {"m": layer.m, "n": layer.n, "k": layer.k, "n/g": layer.n // layer.groups}
     splits = split_counts(layer, dp, mp, has_whole_groups)
     repeats = math.prod(count.share for count in splits)
-    for name, share in shares.items():
-        sizes[name] = share.share
-        if name in rule.forward.sizes:
-            splits.append(share)
+    for name, parts in (("m", dp), ("n", mp), ("k", mp)):
+        size_split = split(name, sizes[name], parts, settings.shard_rounding)
+        sizes[f"{name}'"] = size_split.share
+        if f"{name}'" in rule.forward.sizes:
+            splits.append(size_split)
 
-    def plan_pass(name: str, pass_rule: PassRule, accesses: int) -> Pass:
+    def plan_pass(name: str, pass_rule: PassRule) -> Pass:
         gemm = Gemm(*[sizes[size] for size in pass_rule.sizes])
-        elements = accesses * math.prod(gemm) if layer.type == "EMBEDDING" else None
+        accesses = None
+        if pass_rule.accesses is not None:
+            accesses = pass_rule.accesses * math.prod(gemm)
         collective = plan_collective(pass_rule.transfer, layer, dp, mp, settings.datatype_size)
-        return Pass(name, repeats, gemm, elements, collective)
+        return Pass(name, repeats, gemm, accesses, collective)
 
     return LayerPlan(
         layer,
         dp,
         mp,
         splits,
-        forward=plan_pass("forward", rule.forward, accesses=1),
-        input_gradient=plan_pass("input gradient", rule.input_gradient, accesses=0),
-        weight_gradient=plan_pass("weight gradient", rule.weight_gradient, accesses=2),
+        forward=plan_pass("forward", rule.forward),
+        input_gradient=plan_pass("input gradient", rule.input_gradient),
+        weight_gradient=plan_pass("weight gradient", rule.weight_gradient),
     )
 
 
@@ -739,8 +730,8 @@ def plan_collective(
 ) -> Collective | None:
     """Return the collective after a pass; None where the strategy has no such group.
 
-    Each group has the part of the buffer that the other degree leaves to it. ASTRA-sim counts one
-    NPU's share of that part in an ALLGATHER, and the whole part in the other collectives.
+    The other degree splits the buffer between groups. Of a group's part ASTRA-sim counts one NPU's
+    share in an ALLGATHER or ALLTOALL, and the whole in an ALLREDUCE or REDUCESCATTER.
     """
     if not transfer:
         return None
@@ -757,7 +748,7 @@ def plan_collective(
         "weights": layer.n * layer.k,
     }
     parts = other_degree
-    if transfer.kind in COUNTED_BY_SHARE:
+    if transfer.kind in ("ALLGATHER", "ALLTOALL"):
         parts *= members
     size = elements[transfer.buffer] * datatype_size // parts
     return Collective(transfer.kind, size, dimensions, members)
@@ -808,13 +799,14 @@ def check_small_collectives(collectives: list[tuple[str, Collective]]) -> None:
             raise UserError(f"{name}, comes to 0 bytes, where ASTRA-sim stops, expected more")
         if collective.bytes < 4:
             small.append(f"{name}, comes to {collective.bytes} bytes")
-    if small:
-        count = f"({len(small)} such in all)"
-        warn(f"{small[0]} {count}, ASTRA-sim may never end, expected 4 or more")
+    warn_of_first(small, ", ASTRA-sim may never end, expected 4 or more")
+
+
+ASTRASIM_1_LIMIT = 4 << 31  # bytes; it counts a quarter of a collective in 31 bits
 
 
 def check_large_collectives(collectives: list[tuple[str, Collective]], packages: int) -> None:
-    """Warn of collectives too large for ASTRA-sim 1.0, which counts a quarter in 31 bits.
+    """Warn of collectives too large for ASTRA-sim 1.0.
 
     Measured: an ALLGATHER that spans both dimensions counts as its share times the packages.
     """
@@ -824,11 +816,9 @@ def check_large_collectives(collectives: list[tuple[str, Collective]], packages:
         spans_both = packages < collective.members and len(collective.dimensions) == 2
         if collective.kind == "ALLGATHER" and spans_both:
             counted *= packages
-        if counted >= 1 << 33 and collective.members > 1:
+        if counted >= ASTRASIM_1_LIMIT and collective.members > 1:
             large.append(f"{name}, is of {collective.bytes:,} bytes")
-    if large:
-        count = f"({len(large)} such in all)"
-        warn(f"{large[0]} {count}, too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
+    warn_of_first(large, ", too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
 
 
 def check_lone_collectives(collectives: list[tuple[str, Collective]]) -> None:
@@ -895,8 +885,7 @@ def check_neighbours(plans: list[LayerPlan]) -> None:
         problem = missing_collective(plans[index - 1], plans[index])
         if problem:
             unfitting.append(f"{plans[index].layer.where}: {problem}")
-    if unfitting:
-        warn(f"{unfitting[0]}, which is not written ({len(unfitting)} such in all)")
+    warn_of_first(unfitting, ", for which nothing is written")
 
 
 def missing_collective(before: LayerPlan, after: LayerPlan) -> str:
@@ -1046,26 +1035,30 @@ def check_keys(
         known.setdefault(section, []).extend(keys)
     for section in given.sections():
         for key in given[section]:
-            check_key(source, section, key, known)
+            if key not in known.get(section, []):
+                raise UserError(f"{source}: {misplaced_key(key, section, known)}")
         if section not in known:
-            expected = suggestion(section, known) or f"expected {', '.join(known)}"
-            raise UserError(f"{source}: unknown section [{section}], {expected}")
+            raise UserError(f"{source}: {unknown_section(section, known)}")
     for key in ("ArrayHeight", "ArrayWidth", "Dataflow"):
         if not given.has_option("architecture_presets", key):
             raise UserError(f"{source}: no {key} in [architecture_presets], expected one")
 
 
-def check_key(source: str, section: str, key: str, known: dict[str, list[str]]) -> None:
-    """Refuse a key that is unknown, or stands in another section than its own."""
-    if key in known.get(section, []):
-        return
-    for own_section, keys in known.items():
+def misplaced_key(key: str, section: str, known: dict[str, list[str]]) -> str:
+    """Return what is wrong with a key that does not belong into a section."""
+    for right_section, keys in known.items():
         if key in keys:
             name = SPELLINGS.get(key, key)
-            raise UserError(f"{source}: {name} stands in [{section}], expected in [{own_section}]")
-    if section in known:
-        expected = suggestion(key, known[section]) or f"expected {', '.join(known[section])}"
-        raise UserError(f"{source}: unknown key {shown(key)} in [{section}], {expected}")
+            return f"{name} stands in [{section}], expected in [{right_section}]"
+    if section not in known:
+        return unknown_section(section, known)
+    expected = expected_name(key, known[section])
+    return f"unknown key {shown(key)} in [{section}], {expected}"
+
+
+def unknown_section(section: str, known: dict[str, list[str]]) -> str:
+    """Return what is wrong with a section that no SCALE-Sim reads."""
+    return f"unknown section [{section}], {expected_name(section, [*known])}"
 
 
 def check_values(
@@ -1074,7 +1067,7 @@ def check_values(
     """Refuse values that SCALE-Sim would stop at, and modes that serve one GEMM only."""
     for section in built_in.sections():
         for key, usual in built_in[section].items():
-            if usual.isdigit():
+            if usual.isdigit():  # the built-in value tells of which kind a key is
                 check_number(source, key, config[section][key])
             elif usual.lower() == "false" and not is_off(config[section][key]):
                 what = f"{SPELLINGS[key]} is {shown(config[section][key])}"
@@ -1094,7 +1087,10 @@ def check_values(
 def check_number(source: str, key: str, value: str) -> None:
     """Refuse what is no whole number; a bandwidth may be several."""
     least = 0 if key.endswith("offset") else 1
-    for text in value.split(",") if key == "bandwidth" else [value]:
+    texts = [value]
+    if key == "bandwidth":
+        texts = value.split(",")
+    for text in texts:
         number = whole_number(text.strip())
         if number is None or number < least:
             expected = f"expected a whole number >= {least}"
@@ -1114,11 +1110,13 @@ def fill_in_bandwidths(config: configparser.ConfigParser, lacking: list[str]) ->
     bandwidth = config["architecture_presets"]["Bandwidth"].partition(",")[0]
     filled = []
     for operand in ("ifmap", "filter"):
-        key = f"{operand}srambankbandwidth"
-        if key in lacking:
-            config["layout"][key] = bandwidth
-            config["layout"][f"{operand}srambanknum"] = "1"
-            filled += [key, f"{operand}srambanknum"]
+        bank_bandwidth, banks = f"{operand}srambankbandwidth", f"{operand}srambanknum"
+        if bank_bandwidth in lacking:
+            config["layout"][bank_bandwidth] = bandwidth
+            filled.append(bank_bandwidth)
+            if banks in lacking:
+                config["layout"][banks] = "1"
+                filled.append(banks)
     return [key for key in lacking if key not in filled]
 
 
@@ -1138,7 +1136,7 @@ class Job(NamedTuple):
 Cycles = dict[Gemm, int]
 
 
-def distinct_jobs(plans: list[LayerPlan], array: Architecture) -> list[Job]:
+def distinct_jobs(plans: list[LayerPlan], architecture: Architecture) -> list[Job]:
     """Return each distinct GEMM of the plans, the longest first."""
     jobs: dict[Gemm, Job] = {}
     for plan in plans:
@@ -1146,13 +1144,15 @@ def distinct_jobs(plans: list[LayerPlan], array: Architecture) -> list[Job]:
             gemm = layer_pass.gemm
             if gemm not in jobs and layer_pass.accesses is None:
                 first_use = f"layer {plan.layer.name}, {layer_pass.name} pass"
-                cycles = analytical_cycles(gemm, array)
-                memory = estimated_memory(gemm, array)
-                jobs[gemm] = Job(gemm, first_use, cycles, memory, estimated_seconds(gemm, array))
+                cycles = analytical_cycles(gemm, architecture)
+                memory = estimated_memory(gemm, architecture)
+                jobs[gemm] = Job(
+                    gemm, first_use, cycles, memory, estimated_seconds(gemm, architecture)
+                )
     return sorted(jobs.values(), key=lambda job: -job.cycles)
 
 
-def analytical_cycles(gemm: Gemm, array: Architecture) -> int:
+def analytical_cycles(gemm: Gemm, architecture: Architecture) -> int:
     """Return the stall-free cycles of a GEMM, as SCALE-Sim v2 and v3 count them.
 
     By Samajdar et al., "A Systematic Methodology for Characterizing Scalability of DNN Accelerators
@@ -1160,31 +1160,31 @@ def analytical_cycles(gemm: Gemm, array: Architecture) -> int:
     """
     along_rows, along_columns, streamed, load = {
         "os": (gemm.m, gemm.n, gemm.k, 0),
-        "ws": (gemm.k, gemm.n, gemm.m, array.rows),
-        "is": (gemm.k, gemm.m, gemm.n, array.rows),
-    }[array.dataflow]
-    folds = -(-along_rows // array.rows) * -(-along_columns // array.columns)
-    fold_cycles = load + array.rows + array.columns + streamed - 2
+        "ws": (gemm.k, gemm.n, gemm.m, architecture.rows),
+        "is": (gemm.k, gemm.m, gemm.n, architecture.rows),
+    }[architecture.dataflow]
+    folds = -(-along_rows // architecture.rows) * -(-along_columns // architecture.columns)
+    fold_cycles = load + architecture.rows + architecture.columns + streamed - 2
     return max(1, folds * fold_cycles - 1)
 
 
-def estimated_memory(gemm: Gemm, array: Architecture) -> int:
+def estimated_memory(gemm: Gemm, architecture: Architecture) -> int:
     """Return the peak bytes of a simulation by SCALE-Sim v2 or v3.
 
     Fitted to runs on arrays from 4 x 4 to 256 x 256: 61 took 0.76 to 1 times these bytes.
     """
-    cycles = analytical_cycles(gemm, array)
-    bytes_per_cycle = 1130 + 17 * array.rows + 43 * array.columns
+    cycles = analytical_cycles(gemm, architecture)
+    bytes_per_cycle = 1130 + 17 * architecture.rows + 43 * architecture.columns
     return 40_000_000 + cycles * bytes_per_cycle + 75 * operand_elements(gemm)
 
 
-def estimated_seconds(gemm: Gemm, array: Architecture) -> float:
+def estimated_seconds(gemm: Gemm, architecture: Architecture) -> float:
     """Return the seconds of a simulation by SCALE-Sim v2 or v3.
 
     Fitted to runs on arrays from 4 x 4 to 256 x 256: 146 took 0.8 to 1.5 times these seconds.
     """
-    cycles = analytical_cycles(gemm, array)
-    array_traffic = math.pow(cycles * (array.rows + array.columns) / 2, 1.3)
+    cycles = analytical_cycles(gemm, architecture)
+    array_traffic = math.pow(cycles * (architecture.rows + architecture.columns) / 2, 1.3)
     return 0.09 + 27e-6 * cycles + 7e-9 * array_traffic + 26e-8 * operand_elements(gemm)
 
 
@@ -1223,54 +1223,67 @@ class SimulatedModel:
 
     def forecast(self, jobs: list[Job]) -> list[str]:
         """Return what a dry run says of the cost."""
-        new = [self.costed(job) for job in jobs if not self.cache.load(job.gemm)]
+        cached, new = self.cached_and_new(jobs)
         cycles = sum(job.cycles for job in new)
-        cost = f"{len(new)} to simulate: {cycles:,} estimated cycles"
-        lines = [f"{len(jobs) - len(new)} in the cache, {cost}"]
-        if new:
-            slots, free = self.settings.jobs, available_memory()
-            largest = max(new, key=lambda job: job.memory)
-            memory = f"{gigabytes(largest.memory)} estimated, {gigabytes(free)} free"
-            if largest.memory > free:
-                memory += f": GEMM {largest.gemm} ({largest.first_use}) would be killed"
-            lines.append(f"largest simulation: {memory}")
-            lines.append(f"time with --jobs={slots}: {estimated_range(new, slots, free)} estimated")
-        return lines
+        lines = [f"{len(cached)} in the cache, {len(new)} to simulate: {cycles:,} estimated cycles"]
+        if not new:
+            return lines
+        slots, memory = self.limits(new)
+        largest = max(new, key=lambda job: job.memory)
+        need = f"largest simulation: {gigabytes(largest.memory)} estimated"
+        if memory < math.inf:
+            need += f", {gigabytes(memory)} free"
+        if largest.memory > memory:
+            need += f": GEMM {largest.gemm} ({largest.first_use}) would be killed"
+        time_range = f"{estimated_range(new, slots, memory)} estimated"
+        place = f"--jobs={slots}"
+        if self.settings.dask_scheduler:
+            place = f"a Dask worker for each of {slots} GEMMs"
+        return [*lines, need, f"time with {place}: {time_range}"]
 
     def run(self, jobs: list[Job]) -> tuple[Cycles, str]:
         """Return each GEMM's cycles, and where they come from; UserError when SCALE-Sim fails."""
-        cycles: Cycles = {}
+        cached, new = self.cached_and_new(jobs)
+        cycles = {}
+        for job, simulation in cached.items():
+            cycles[job.gemm] = simulation.cycles
+            write_files(self.report_folder(job), simulation.files)
+        if new:
+            cycles |= self.simulate_missing(new)
+        return cycles, f"{len(new)} simulated, {len(cached)} from the cache"
+
+    def cached_and_new(self, jobs: list[Job]) -> tuple[dict[Job, Cached], list[Job]]:
+        """Return what the cache holds, and what has to be simulated."""
+        cached = {}
         new = []
         for job in jobs:
-            cached = self.cache.load(job.gemm)
-            if cached:
-                cycles[job.gemm] = cached.cycles
-                write_files(self.report_folder(job), cached.files)
+            simulation = self.cache.load(job.gemm)
+            if simulation:
+                cached[job] = simulation
+            elif self.scalesim.version == 1:
+                new.append(job._replace(memory=V1_MEMORY))
             else:
-                new.append(self.costed(job))
-        source = f"{len(new)} simulated, {len(cycles)} from the cache"
-        if new:
-            cycles |= self.simulate(new)
-        return cycles, source
+                new.append(job)
+        return cached, new
 
-    def costed(self, job: Job) -> Job:
-        """Return a job with what this SCALE-Sim needs for it."""
-        if self.scalesim.version == 1:
-            return job._replace(memory=V1_MEMORY)
-        return job
+    def limits(self, jobs: list[Job]) -> tuple[int, float]:
+        """Return how many simulations may run at once, and in how many bytes of memory."""
+        if self.settings.dask_scheduler:
+            return len(jobs), math.inf  # the workers know their own
+        return self.settings.jobs, available_memory()
 
     def report_folder(self, job: Job) -> Path:
         """Return the folder for a GEMM's reports."""
         return self.settings.run_folder / f"gemm_{job.gemm}"
 
-    def simulate(self, jobs: list[Job]) -> Cycles:
+    def simulate_missing(self, jobs: list[Job]) -> Cycles:
         """Simulate GEMMs side by side, each published as soon as it is finished."""
-        slots, memory = self.settings.jobs, available_memory()
-        pool = local_pool(self.scalesim, slots)
-        if self.settings.dask_scheduler:
-            slots, memory = len(jobs), math.inf  # its workers know their own
-            pool = dask_pool(self.scalesim, self.settings.dask_scheduler)
+        slots, memory = self.limits(jobs)
         check_memory(jobs, memory, slots)
+        if self.settings.dask_scheduler:
+            pool = dask_pool(self.scalesim, self.settings.dask_scheduler)
+        else:
+            pool = local_pool(self.scalesim, slots)
         cycles: Cycles = {}
         progress = Progress(jobs, estimated_range(jobs, slots, memory))
         try:
@@ -1284,8 +1297,9 @@ class SimulatedModel:
                         write_files(folder, simulation.files)
                     progress.show(list(finished), list(running))
         except KeyboardInterrupt:
+            place = f"cached in {self.cache.folder}" if self.cache.folder else "not cached"
             done = f"{len(cycles)} of {len(jobs)} GEMMs are finished"
-            print_message("interrupted", f"{done}, cache: {self.cache.folder}")
+            print_message("interrupted", f"{done}, {place}")
             raise
         return cycles
 
@@ -1399,7 +1413,7 @@ def run_scalesim(version: str, folder: str) -> None:
         os._exit(1)
 
     threading.Thread(target=follow_parent, args=[Path.cwd()], daemon=True).start()
-    gc.disable()  # as much memory without, in less time
+    gc.disable()  # SCALE-Sim is faster without, and needs no more memory
     sys.path.insert(0, folder)
     if version == "1":
         sys.argv = ["scale.py", "-arch_config=gemm.cfg", "-network=gemm.csv"]
@@ -1431,7 +1445,7 @@ run_scalesim(*sys.argv[1:])"""
 
 def simulate(scalesim: ScaleSim, gemm: Gemm, lifeline: int = subprocess.PIPE) -> Simulation:
     """Run SCALE-Sim on a GEMM, here or on a Dask worker, until it or `lifeline`, a pipe, ends."""
-    here = find_scalesim(scalesim.path, scalesim.config)
+    here = find_scalesim(scalesim.path, scalesim.config)  # a worker's, or changed meanwhile
     if here.digest != scalesim.digest:
         raise UserError(f"the SCALE-Sim in {here.folder} is not the one that this run began with")
     inputs = {
@@ -1508,9 +1522,10 @@ def reported_cycles(files: dict[str, str], scalesim: ScaleSim) -> int | None:
         return None
     try:
         rows = [row for row in csv.reader(io.StringIO(report), skipinitialspace=True) if any(row)]
-        header, values = rows
-        columns = [cell.strip() for cell in header]
-        cycles = values[columns.index(scalesim.cycles_column)].strip()
+        if len(rows) != 2:
+            return None
+        columns = [cell.strip() for cell in rows[0]]
+        cycles = rows[1][columns.index(scalesim.cycles_column)].strip()
     except (csv.Error, ValueError, IndexError):
         return None
     return whole_number(cycles.removesuffix(".0")) or None
@@ -1623,11 +1638,12 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def estimated_range(jobs: list[Job], slots: float, memory: float) -> str:
+def estimated_range(jobs: list[Job], slots: int, memory: float) -> str:
     """Return how long simulations take that slow each other, with so many slots and bytes."""
-    largest = max((job.memory for job in jobs), default=1)
-    slots = max(1, min(slots, memory // largest))
-    longest = max((job.seconds for job in jobs), default=0.0)
+    if memory < math.inf:
+        largest = max(job.memory for job in jobs)
+        slots = max(1, min(slots, int(memory // largest)))
+    longest = max(job.seconds for job in jobs)
     shared = sum(job.seconds for job in jobs) / slots
     return f"{duration(0.6 * max(longest, shared))} to {duration(2.2 * (longest + shared))}"
 
@@ -1814,7 +1830,7 @@ def all_rows(layers: list[TimedLayer]) -> list[Row]:
 
 def warn_of_rounding(rows: list[Row], clock: Clock, precision: str) -> None:
     """Warn where rounding to whole ns or us moves the total of a pass by more than 1 %."""
-    for name in PASS_FILES:
+    for name in PASS_NAMES:
         cycles = sum(row.cycles for row in rows if row.layer_pass.name == name)
         written = sum(row.time for row in rows if row.layer_pass.name == name)
         if cycles:
@@ -1826,7 +1842,7 @@ def warn_of_rounding(rows: list[Row], clock: Clock, precision: str) -> None:
 
 def total_times(rows: list[Row]) -> dict[str, int]:
     """Return the compute time of a training step by pass, and of all passes."""
-    totals = dict.fromkeys([*PASS_FILES, "all passes"], 0)
+    totals = dict.fromkeys([*PASS_NAMES, "all passes"], 0)
     for row in rows:
         totals[row.layer_pass.name] += row.time
         totals["all passes"] += row.time
@@ -1851,8 +1867,8 @@ def sent_bytes(collective: Collective | None) -> int:
     others = collective.members - 1
     if collective.kind == "ALLGATHER":
         return others * collective.bytes
-    passes = 2 if collective.kind == "ALLREDUCE" else 1
-    return passes * others * collective.bytes // collective.members
+    rounds = 2 if collective.kind == "ALLREDUCE" else 1
+    return rounds * others * collective.bytes // collective.members
 
 
 def total_collectives(rows: list[Row]) -> dict[str, CollectiveTotal]:
@@ -1921,7 +1937,7 @@ def data_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes]
     before = add_forward(trace, layers, updated, [])
     first, *others = layers
     before, others_updated = add_data_backward(trace, others, before)
-    computed = trace.compute(first.weight_gradient, before)  # there is nothing before it
+    computed = trace.compute(first.weight_gradient, before)  # as ASTRA-sim 1.0, no input gradient
     return [trace.communicate(first.weight_gradient, computed), *others_updated]
 
 
@@ -1935,7 +1951,7 @@ def model_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes
     for layer in reversed(layers):
         gradient = trace.compute(layer.input_gradient, before)
         reduced = gradient
-        if layer is not layers[0]:  # there is nothing before it
+        if layer is not layers[0]:  # whose collective ASTRA-sim 1.0 leaves out
             reduced = trace.communicate(layer.input_gradient, gradient)
         computed = trace.compute(layer.weight_gradient, gradient)
         next_updated.insert(0, trace.communicate(layer.weight_gradient, computed))
@@ -1946,7 +1962,8 @@ def model_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes
 def dlrm_step(trace: TraceWriter, layers: list[TimedLayer], updated: list[Nodes]) -> list[Nodes]:
     """Add a training step of a DLRM; return what the next step's layers wait for.
 
-    The embedding's ALLTOALLs run beside the bottom MLP, forward and backward.
+    The embedding's ALLTOALLs run beside the bottom MLP, forward and backward. As in ASTRA-sim 1.0
+    the first layer computes an input gradient too.
     """
     position = embedding_position(layers)
     bottom, embedding, top = layers[:position], layers[position], layers[position + 1 :]
@@ -2201,14 +2218,18 @@ def run_title(
 def result_table(layers: list[TimedLayer], settings: Settings) -> list[str]:
     """Return what one NPU does in each layer, and in a training step."""
     unit = settings.time_unit
-    times = ["cycles", unit] if unit != "cycles" else ["cycles"]
+    times = ["cycles"]
+    if unit != "cycles":
+        times.append(unit)
     lines = [["layer", "pass", "GEMM of one NPU", *times, "collective", "bytes"]]
     for alike in merged_layers(layers):
         for label, row in zip(layer_labels(alike, settings), alike[0].rows):
             kind, size = written_collective(row.layer_pass.collective)
             if row.layer_pass.collective and row.layer_pass.collective.members == 1:
                 kind += " of 1"
-            numbers = [f"{row.cycles:,}", f"{row.time:,}"][: len(times)]
+            numbers = [f"{row.cycles:,}"]
+            if unit != "cycles":
+                numbers.append(f"{row.time:,}")
             gemm = written_gemm(row.layer_pass)
             lines.append([label, row.layer_pass.name, gemm, *numbers, kind, f"{size:,}"])
     table = aligned(lines, "<<>" + ">" * len(times) + "<>")
@@ -2254,17 +2275,20 @@ def merged_layers(layers: list[TimedLayer]) -> Iterator[list[TimedLayer]]:
     kinds = [layer.plan.layer._replace(name="", where="") for layer in layers]
     start = 0
     while start < len(layers):
-        size, repeats = 1, 1
-        for size in range(1, 33):
-            repeats = block_repeats(kinds, start, size)
-            if repeats > 1:
-                break
-        else:
-            size = 1
+        size, repeats = repeated_block(kinds, start)
         end = start + size * repeats
         for position in range(start, start + size):
             yield layers[position:end:size]
         start = end
+
+
+def repeated_block(kinds: list[Layer], start: int) -> tuple[int, int]:
+    """Return the size of the smallest block at `start` that repeats, and how often it is there."""
+    for size in range(1, 33):
+        repeats = block_repeats(kinds, start, size)
+        if repeats > 1:
+            return size, repeats
+    return 1, 1
 
 
 def block_repeats(kinds: list[Layer], start: int, size: int) -> int:
@@ -2354,8 +2378,8 @@ def written_lines(settings: Settings, done: str) -> list[str]:
     lines = [f"wrote {output if is_device(output) else output.resolve()}: {done}"]
     if settings.chakra_et:
         traces = f"{settings.chakra_et.resolve()}.<npu>.et"
-        passes = plural(settings.num_passes, "training step")
-        lines.append(f"wrote {plural(settings.num_npus, 'trace')} of {passes}: {traces}")
+        steps = plural(settings.num_passes, "training step")
+        lines.append(f"wrote {plural(settings.num_npus, 'trace')} of {steps}: {traces}")
     if settings.summary_csv:
         lines.append(f"wrote a row in {settings.summary_csv.resolve()}")
     return [*lines, f"wrote details in {settings.run_folder.resolve()}"]
@@ -2373,7 +2397,7 @@ def warn_of_bandwidth(plans: list[LayerPlan], architecture: Architecture) -> Non
 def topologies(plans: list[LayerPlan], stem: str) -> dict[str, str]:
     """Return the GEMMs of each pass as a topology of SCALE-Sim, by file name."""
     files = {}
-    for pass_name, file_name in PASS_FILES.items():
+    for pass_name, file_name in zip(PASS_NAMES, ("fwd_pass", "inp_grad", "weight_grad")):
         gemms = []
         for plan in plans:
             for layer_pass in plan.passes:
@@ -2399,27 +2423,33 @@ def forecast(
     return lines + model.forecast(jobs)
 
 
+# --- Writing files: none harms another, all results appear together
+
+
 def check_outputs(settings: Settings, run_files: Iterable[str]) -> None:
     """Make folders; refuse now what could not be written after hours, or would harm another file.
 
     UserError for an output that is a folder, an input, another output or a file of the run folder.
     """
     if settings.chakra_et:
-        chakra_messages()
+        chakra_messages()  # fails now where protobuf is missing
     outputs = [(settings.run_folder / name, "a file of the run folder") for name in run_files]
     outputs.append((settings.output_file, "--output_file"))
     if settings.summary_csv:
         outputs.append((settings.summary_csv, "--summary_csv"))
     outputs += [(path, "a trace") for path in trace_files(settings)]
     targets = claimed_targets(settings, outputs)
-    if settings.summary_csv:
-        check_summary(settings.summary_csv)
     folders = {target.parent for target in targets}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for path in (*folders, *targets):
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{path}: no permission to write")
+    for target in targets:
+        if target.is_dir():  # or has just become one, as the folder of another output
+            raise UserError(f"{target} is a folder, expected a file to write")
+    if settings.summary_csv:
+        check_summary(settings.summary_csv)
 
 
 def claimed_targets(settings: Settings, outputs: list[tuple[Path, str]]) -> list[Path]:
@@ -2429,9 +2459,10 @@ def claimed_targets(settings: Settings, outputs: list[tuple[Path, str]]) -> list
         uses[settings.scalesim_config.resolve()] = "--scalesim_config"
     targets = []
     for path, use in outputs:
-        target = path.resolve()
-        if target.is_dir():
-            raise UserError(f"{path} is a folder, expected a file to write")
+        try:
+            target = path.resolve()
+        except RuntimeError:  # before Python 3.13
+            raise UserError(f"{path} is a link that leads to itself") from None
         if target in uses and not is_device(target):
             raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
         uses[target] = use
@@ -2465,6 +2496,9 @@ def trace_files(settings: Settings) -> list[Path]:
     if not prefix:
         return []
     return [Path(f"{prefix}.{npu}.et") for npu in range(settings.num_npus)]
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def publish(settings: Settings, text: str, trace: bytes, summary: str) -> None:
@@ -2538,12 +2572,64 @@ def appended(file: io.FileIO | None, header: str, line: str) -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM, so that results are replaced all or not at all."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Heed Ctrl-C and SIGTERM at the end only, so that results are replaced all or not at all."""
+    came: list[int] = []
+    handlers = {}
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, lambda sent, _: came.append(sent))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write texts into a folder, which is made; each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with staged_file(folder / name, text) as staged:
+            replace_files(staged)
+
+
+@contextmanager
+def staged_file(path: Path, text: str) -> Iterator[dict[Path, Path]]:
+    """Give the finished file to put in a path's place; a device is written to at once."""
+    if is_device(path):
+        with names_file(path):
+            path.write_bytes(text.encode())
+        yield {}
+        return
+    target = path.resolve()  # a link stays a link
+    part = target.with_name(f".{os.urandom(8).hex()}.part")
+    try:
+        with names_file(path):
+            part.write_bytes(text.encode())
+            if target.exists():
+                shutil.copymode(target, part)
+        yield {target: part}
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def replace_files(staged: dict[Path, Path]) -> None:
+    """Put finished files into their places."""
+    for target, file in staged.items():
+        with names_file(target):
+            os.replace(file, target)
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Have an error name this file: a full disk's names none, others a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
 
 
 # --- The command line
@@ -2557,7 +2643,6 @@ PATH_FLAGS = (
     "chakra_et",
     "summary_csv",
 )
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_flags() -> Settings:
@@ -2621,6 +2706,10 @@ def command_line() -> None:
         handle(signal.SIG_IGN)  # a second one must not disturb the cleaning up
         raise KeyboardInterrupt(number)
 
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     handle(interrupt)
     try:
         app.run(main)
@@ -2634,7 +2723,7 @@ def command_line() -> None:
         handle(signal.SIG_DFL)
 
 
-# --- Helpers: messages, numbers, files
+# --- Helpers: messages, names and numbers
 
 
 class UserError(Exception):
@@ -2650,10 +2739,14 @@ def print_message(kind: str, message: str) -> None:
 warn = partial(print_message, "warning")
 
 
+def warn_of_first(cases: list[str], consequence: str) -> None:
+    """Warn of the first of several cases; of none, do not."""
+    if cases:
+        warn(f"{cases[0]} ({len(cases)} such in all){consequence}")
+
+
 def print_results(lines: Iterable[str]) -> None:
     """Print to stdout; a closed pipe is no error."""
-    if sys.stdout is None:
-        return
     text = "\n".join(lines)
     try:
         text.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
@@ -2675,60 +2768,15 @@ def plural(number: int, name: str) -> str:
     return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return what may have been meant; empty where nothing is near."""
+def expected_name(name: str, known: Sequence[str]) -> str:
+    """Return what may have been meant; all that is known where nothing is near."""
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else ""
+    return f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
 
 
 def whole_number(text: str) -> int | None:
     """Return what up to 30 digits say; None for any other text."""
     return int(text) if re.fullmatch("[0-9]{1,30}", text) else None
-
-
-def write_files(folder: Path, files: dict[str, str]) -> None:
-    """Write texts into a folder, which is made; each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        with staged_file(folder / name, text) as staged:
-            replace_files(staged)
-
-
-@contextmanager
-def staged_file(path: Path, text: str) -> Iterator[dict[Path, Path]]:
-    """Give the finished file to put in a path's place; a device is written to at once."""
-    if is_device(path):
-        with names_file(path):
-            path.write_bytes(text.encode())
-        yield {}
-        return
-    target = path.resolve()  # a link stays a link
-    part = target.with_name(f".{os.urandom(8).hex()}.part")
-    try:
-        with names_file(path):
-            part.write_bytes(text.encode())
-            if target.exists():
-                shutil.copymode(target, part)
-        yield {target: part}
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def replace_files(staged: dict[Path, Path]) -> None:
-    """Put finished files into their places."""
-    for target, file in staged.items():
-        with names_file(target):
-            os.replace(file, target)
-
-
-@contextmanager
-def names_file(path: Path) -> Iterator[None]:
-    """Have an error name this file: a full disk's names none, others a temporary one."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = path
-        raise
 
 
 if __name__ == "__main__":

@@ -435,11 +435,13 @@ def test_no_more_begins_than_fits_in_memory() -> None:
 
 
 def test_no_descriptors_left(tmp_path: Path, base: list[str]) -> None:
-    command = in_bash('ulimit -n 24 && exec "$@"', *base, "--jobs=12")
+    fake = fake_v2(tmp_path / "slow", SLOW.format(seconds=600))
+    flags = [*base, f"--scalesim_path={fake}", "--jobs=12"]
+    command = in_bash('ulimit -n 16 && exec "$@"', *flags)
     result = ended(start_command(tmp_path, command))
     assert is_one_error_line(result), result
     assert result.err.endswith("Too many open files; fewer --jobs may help\n")
-    assert gone(tmp_path / "fake")
+    assert gone(fake)
 
 
 @pytest.fixture

@@ -201,7 +201,10 @@ def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
             id="no Stride Height",
         ),
         pytest.param(
-            lines(DIRECTED + "Strides"), 1, "unknown column 'stride height', ", id="both strides"
+            lines(DIRECTED + "Strides"),
+            1,
+            "strides beside stride height and width, expected one kind",
+            id="both strides",
         ),
         pytest.param(
             lines(HEADER + "Strides"), 1, "two columns strides, expected one", id="column twice"

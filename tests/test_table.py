@@ -190,7 +190,7 @@ STRATEGIES = "DATA, MODEL, HYBRID_DATA_MODEL, HYBRID_MODEL_DATA"
         pytest.param(
             b"Layer,m,n,k\na,1,2,3\n",
             1,
-            "no column CustomizedParallelization, expected for HYBRID_CUSTOMIZED",
+            "no column CustomizedParallelization, expected one for HYBRID_CUSTOMIZED",
             id="no fifth column",
         ),
         *(

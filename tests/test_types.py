@@ -31,7 +31,8 @@ CONVOLUTIONS = (
 # 12 NPUs in 3 packages; elements of one byte.
 SYSTEM: dict[str, Any] = {"num_npus": 12, "num_packages": 3, "datatype_size": 1}
 
-Planned = list[tuple[int, tuple[int, int, int], tuple[str, int, tuple[int, ...], int] | None]]
+# Count, GEMM and collective of each pass.
+Planned = list[tuple[int, Any, Any]]
 
 
 def planned(folder: Path, header: str, line: str, **changes: Any) -> Planned:

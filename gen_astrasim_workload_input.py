@@ -2495,7 +2495,8 @@ def trace_files(settings: Settings) -> list[Path]:
     prefix = settings.chakra_et
     if not prefix:
         return []
-    return [Path(f"{prefix}.{npu}.et") for npu in range(settings.num_npus)]
+    folder = prefix.parent.resolve()
+    return [folder / f"{prefix.name}.{npu}.et" for npu in range(settings.num_npus)]
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -63,7 +63,7 @@ def processes(folder: Path) -> list[str]:
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            command = file.read_text().split("\0")
+            command = os.fsdecode(file.read_bytes()).split("\0")
         except OSError:
             continue
         if str(folder) in command and "-c" in command:

@@ -216,8 +216,18 @@ def test_interrupted(sent: signal.Signals, tmp_path: Path, base: list[str]) -> N
     assert (result.status, result.out) == (-sent, ""), "a shell's loop would go on"
     kept = len(entries(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache").iterdir()
-    assert result.err == f"interrupted: {kept} of 12 GEMMs are finished, cache: {folder}\n"
+    assert result.err == f"interrupted: {kept} of 12 GEMMs are finished, cached in {folder}\n"
     assert (tmp_path / "workload.txt").read_text() == "mine"
+
+
+def test_interrupted_without_a_cache(tmp_path: Path, base: list[str]) -> None:
+    fake = fake_v2(tmp_path / "slow", SLOW.format(seconds=600))
+    running = start(tmp_path, *base, f"--scalesim_path={fake}", "--cache_dir=")
+    assert until(lambda: bool(processes(fake)))
+    running.send_signal(signal.SIGINT)
+    result = ended(running)
+    assert result.status == -signal.SIGINT
+    assert result.err == "interrupted: 0 of 12 GEMMs are finished, not cached\n"
 
 
 def test_more_ctrl_c_while_it_ends_disturb_nothing(tmp_path: Path, base: list[str]) -> None:

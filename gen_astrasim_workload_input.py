@@ -950,7 +950,13 @@ UseRamulatorTrace: False
 HARMLESS_KEYS = {
     "architecture_presets": ["memorymap", "onchipmemorybanks", "onchipmemorybankports"],
     "network_presets": ["topologycsvloc"],
-    "sparsity": ["sparserep", "optimizedmapping", "blocksize", "randomnumbergeneratorseed"],
+    "sparsity": [
+        "sparserep",
+        "optimizedmapping",
+        "blocksize",
+        "nonzeroelems",
+        "randomnumbergeneratorseed",
+    ],
 }
 # Switches that have to be off, and why.
 REFUSED_MODES = {
@@ -972,6 +978,7 @@ class Architecture(NamedTuple):
     text: str  # as it was written
     scalesim_text: str  # as SCALE-Sim gets it
     lacking: list[str]  # keys that were taken from the built-in config
+    unknown: dict[str, str]  # keys that only a changed SCALE-Sim may read, and the error else
     rows: int  # of the systolic array
     columns: int
     dataflow: str  # os, ws or is
@@ -992,7 +999,7 @@ def read_architecture(path: Path | None) -> Architecture:
         given.read_string(text, source)
     except (UnicodeDecodeError, configparser.Error) as error:
         raise UserError(f"{source}: {error}, expected a SCALE-Sim config") from None
-    check_keys(source, given, built_in)
+    unknown = check_keys(source, given, built_in)
     config = new_config()
     config.read_dict(built_in)
     config.read_dict(given)
@@ -1013,6 +1020,7 @@ def read_architecture(path: Path | None) -> Architecture:
         text,
         written.getvalue(),
         lacking,
+        unknown,
         rows=int(presets["ArrayHeight"]),
         columns=int(presets["ArrayWidth"]),
         dataflow=presets["Dataflow"],
@@ -1028,37 +1036,34 @@ def new_config() -> configparser.ConfigParser:
 
 def check_keys(
     source: str, given: configparser.ConfigParser, built_in: configparser.ConfigParser
-) -> None:
-    """Refuse a config without an array, or with a key that no SCALE-Sim reads there."""
+) -> dict[str, str]:
+    """Return unknown keys, each with an error; UserError for a misplaced or missing one."""
     known = {section: [*built_in[section]] for section in built_in.sections()}
     for section, keys in HARMLESS_KEYS.items():
         known.setdefault(section, []).extend(keys)
+    unknown = {}
     for section in given.sections():
         for key in given[section]:
-            if key not in known.get(section, []):
-                raise UserError(f"{source}: {misplaced_key(key, section, known)}")
-        if section not in known:
-            raise UserError(f"{source}: {unknown_section(section, known)}")
+            check_section(source, section, key, known)
+            if section not in known:
+                problem = f"unknown section [{section}], {expected_name(section, [*known])}"
+                unknown[key] = f"{source}: {problem}"
+            elif key not in known[section]:
+                problem = f"unknown key {shown(key)} in [{section}]"
+                unknown[key] = f"{source}: {problem}, {expected_name(key, known[section])}"
     for key in ("ArrayHeight", "ArrayWidth", "Dataflow"):
         if not given.has_option("architecture_presets", key):
             raise UserError(f"{source}: no {key} in [architecture_presets], expected one")
+    return unknown
 
 
-def misplaced_key(key: str, section: str, known: dict[str, list[str]]) -> str:
-    """Return what is wrong with a key that does not belong into a section."""
+def check_section(source: str, section: str, key: str, known: dict[str, list[str]]) -> None:
+    """Refuse a key that stands in another section than its own."""
     for right_section, keys in known.items():
-        if key in keys:
+        if key in keys and section != right_section:
             name = SPELLINGS.get(key, key)
-            return f"{name} stands in [{section}], expected in [{right_section}]"
-    if section not in known:
-        return unknown_section(section, known)
-    expected = expected_name(key, known[section])
-    return f"unknown key {shown(key)} in [{section}], {expected}"
-
-
-def unknown_section(section: str, known: dict[str, list[str]]) -> str:
-    """Return what is wrong with a section that no SCALE-Sim reads."""
-    return f"unknown section [{section}], {expected_name(section, [*known])}"
+            problem = f"{name} stands in [{section}], expected in [{right_section}]"
+            raise UserError(f"{source}: {problem}")
 
 
 def check_values(
@@ -1216,7 +1221,7 @@ class SimulatedModel:
     def __init__(self, settings: Settings, architecture: Architecture) -> None:
         self.settings = settings
         self.scalesim = find_scalesim(settings.scalesim_path, architecture.scalesim_text)
-        warn_of_lacking_keys(self.scalesim, architecture.lacking)
+        check_read_keys(self.scalesim, architecture)
         self.cache = Cache(settings.cache_dir, self.scalesim)
         self.version = str(self.scalesim.version)
         self.title = f"SCALE-Sim v{self.version}"
@@ -1311,6 +1316,8 @@ def cycle_model(settings: Settings, architecture: Architecture) -> CycleModel:
     """Return what turns GEMMs into cycles; UserError where there is no SCALE-Sim."""
     if settings.cycle_model == "simulated":
         return SimulatedModel(settings, architecture)
+    for problem in architecture.unknown.values():
+        raise UserError(problem)
     if architecture.bandwidth_mode == "USER":
         what = f"{settings.scalesim_config}: InterfaceBandwidth is USER"
         warn(f"{what}: without its stalls analytical cycles are a lower bound")
@@ -1386,15 +1393,22 @@ def code_files(version: int, folder: Path) -> list[Path]:
     return list((folder / "scalesim").rglob("*.py"))
 
 
-def warn_of_lacking_keys(scalesim: ScaleSim, lacking: list[str]) -> None:
-    """Warn of keys that a config lacks and that this SCALE-Sim reads."""
-    if not lacking:
+def check_read_keys(scalesim: ScaleSim, architecture: Architecture) -> None:
+    """Refuse unknown keys that this SCALE-Sim does not read; warn of lacking ones that it reads."""
+    if not architecture.lacking and not architecture.unknown:
         return
     files = code_files(scalesim.version, scalesim.folder)
     code = "".join(file.read_text("utf-8", "replace") for file in files)
+
+    def is_read(key: str) -> bool:
+        return bool(re.search(f"['\"]{re.escape(key)}['\"]", code, re.IGNORECASE))
+
+    for key, problem in architecture.unknown.items():
+        if not is_read(key):
+            raise UserError(problem)
     used = []
     for key, spelling in SPELLINGS.items():
-        if key in lacking and re.search(f"['\"]{key}['\"]", code, re.IGNORECASE):
+        if key in architecture.lacking and is_read(key):
             used.append(spelling)
     if used:
         names = ", ".join(used[:5])
@@ -2304,7 +2318,7 @@ def block_repeats(kinds: list[Layer], start: int, size: int) -> int:
 
 def aligned(lines: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Return lines of cells as text, each column to its side, < or >."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    widths = [len(max(column, key=len)) for column in zip(*lines)]
     texts = []
     for line in lines:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)]

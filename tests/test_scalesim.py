@@ -21,6 +21,7 @@ from helpers import (
     fake_v2,
     is_one_error_line,
     run,
+    write_config,
     write_table,
 )
 from processes import simulated, without_progress
@@ -554,3 +555,21 @@ def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
     assert set(logs) == {"['gemm.cfg', 'gemm.csv', 'layout.csv', 'scalesim.log'] gemm.csv"}
     assert output.is_file()
     assert not os.path.lexists(odd / "z")
+
+
+def test_a_key_that_only_a_changed_scalesim_reads(tmp_path: Path) -> None:
+    """It reaches that SCALE-Sim, and is refused with any other and with the formula."""
+    fake_v2(tmp_path / "usual", GOOD_REPORT)
+    reads = "word = [line for line in open('gemm.cfg') if line.startswith('wordbyte')]"
+    fake_v2(tmp_path / "changed", f"'WordByte'\n{reads}\nprint(word)\n{GOOD_REPORT}")
+    config = write_config(tmp_path / "c.cfg", 8, 8, "os")
+    config.write_text(f"{config.read_text()}WordByte: 4\n")
+    table = write_table(tmp_path / "t.csv", "a,8,8,8")
+    flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
+    assert run(tmp_path, *flags, f"--scalesim_path={tmp_path}/changed").status == 0
+    log = tmp_path / "outputs/DATA/t/gemm_8x8x8/scalesim.log"
+    assert log.read_text() == "['wordbyte = 4\\n']\n"
+    for more in (f"--scalesim_path={tmp_path}/usual", "--cycle_model=analytical"):
+        result = run(tmp_path, *flags, more)
+        assert is_one_error_line(result), result
+        assert f"error: {config}: unknown key 'wordbyte' in [architecture_presets], " in result.err

@@ -410,6 +410,8 @@ def table_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def read_header(where: str, header: list[str], parallel: str) -> dict[str, int]:
     """Return the index of each column by its name; UserError for an unknown or missing one."""
+    if len(header) == 1 and re.search("[;\t]", header[0]):
+        raise UserError(f"{where}: one column {shown(header[0])}, expected commas between columns")
     names = column_names(header)
     needed, known = table_format(names)
     columns = index_columns(where, names, known)
@@ -1012,7 +1014,7 @@ def read_architecture(path: Path | None) -> Architecture:
             if key != "run_name" and not given.has_option(section, key):
                 lacking.append(key)
     if config["run_presets"]["InterfaceBandwidth"] == "USER":
-        lacking = fill_in_bandwidths(config, lacking)
+        lacking = fill_in_banks(source, config, lacking)
     written = io.StringIO()
     config.write(written)
     presets = config["architecture_presets"]
@@ -1050,11 +1052,22 @@ def check_keys(
                 unknown[key] = f"{source}: {problem}"
             elif key not in known[section]:
                 problem = f"unknown key {shown(key)} in [{section}]"
-                unknown[key] = f"{source}: {problem}, {expected_name(key, known[section])}"
+                unknown[key] = f"{source}: {problem}, {expected_key(key, section, known)}"
     for key in ("ArrayHeight", "ArrayWidth", "Dataflow"):
         if not given.has_option("architecture_presets", key):
             raise UserError(f"{source}: no {key} in [architecture_presets], expected one")
     return unknown
+
+
+def expected_key(key: str, section: str, known: dict[str, list[str]]) -> str:
+    """Return which key may have been meant, and where; all of the section where none is near."""
+    sections = {}
+    for known_section, keys in known.items():
+        sections.update(dict.fromkeys(keys, known_section))
+    near = difflib.get_close_matches(key, sections, 1)
+    if near and sections[near[0]] != section:
+        return f"did you mean {near[0]} in [{sections[near[0]]}]?"
+    return expected_name(key, known[section])
 
 
 def check_section(source: str, section: str, key: str, known: dict[str, list[str]]) -> None:
@@ -1107,21 +1120,24 @@ def is_off(value: str) -> bool:
     return value.lower() in ("false", "no", "off", "0")
 
 
-def fill_in_bandwidths(config: configparser.ConfigParser, lacking: list[str]) -> list[str]:
-    """Give SCALE-Sim v3 a config's own bandwidth where v2 reads it; return what is lacking still.
+def fill_in_banks(source: str, config: configparser.ConfigParser, lacking: list[str]) -> list[str]:
+    """Complete the layout for USER; return what is lacking still.
 
-    Under USER v3 reads operands at the bandwidth of the layout's banks, v2 at `Bandwidth`.
+    SCALE-Sim v3 reads operands at the bandwidth of the layout's banks, v2 at `Bandwidth`.
+    UserError for a bandwidth that does not divide by the banks, where v3 stops.
     """
+    layout = config["layout"]
     bandwidth = config["architecture_presets"]["Bandwidth"].partition(",")[0]
     filled = []
-    for operand in ("ifmap", "filter"):
-        bank_bandwidth, banks = f"{operand}srambankbandwidth", f"{operand}srambanknum"
-        if bank_bandwidth in lacking:
-            config["layout"][bank_bandwidth] = bandwidth
-            filled.append(bank_bandwidth)
-            if banks in lacking:
-                config["layout"][banks] = "1"
-                filled.append(banks)
+    for operand in ("Ifmap", "Filter"):
+        bank_bandwidth, banks = f"{operand}SRAMBankBandwidth", f"{operand}SRAMBankNum"
+        for key, value in ((bank_bandwidth, bandwidth), (banks, "1")):
+            if key.lower() in lacking:
+                layout[key] = value
+                filled.append(key.lower())
+        if int(layout[bank_bandwidth]) % int(layout[banks]):
+            expected = f"expected a multiple of {banks}, {layout[banks]}"
+            raise UserError(f"{source}: {bank_bandwidth} is {layout[bank_bandwidth]}, {expected}")
     return [key for key in lacking if key not in filled]
 
 
@@ -2774,8 +2790,8 @@ def print_results(lines: Iterable[str]) -> None:
 
 
 def shown(text: str) -> str:
-    """Return a text of the user's for a message: quoted, ASCII, at most 60 characters."""
-    return f"{text!a:.60}"
+    """Return a text of the user's for a message: quoted, in ASCII, its first 60 characters."""
+    return ascii(text) if len(text) <= 60 else f"{text[:60]!a}..."
 
 
 def plural(number: int, name: str) -> str:

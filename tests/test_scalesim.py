@@ -406,13 +406,13 @@ def test_under_user_each_release_reads_at_the_configs_own_bandwidth(
 
 
 def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
-    given = bound_by_memory(64) + "[layout]\nFilterSRAMBankBandwidth: 7\nFilterSRAMBankNum: 2\n"
+    given = bound_by_memory(64) + "[layout]\nFilterSRAMBankBandwidth: 8\nFilterSRAMBankNum: 2\n"
     (tmp_path / "c.cfg").write_text(given)
     text = tool.read_architecture(tmp_path / "c.cfg").scalesim_text
     for line in (
         "ifmapsrambankbandwidth = 64",
         "ifmapsrambanknum = 1",
-        "filtersrambankbandwidth = 7",
+        "filtersrambankbandwidth = 8",
         "filtersrambanknum = 2",
     ):
         assert f"\n{line}\n" in text
@@ -573,3 +573,47 @@ def test_a_key_that_only_a_changed_scalesim_reads(tmp_path: Path) -> None:
         result = run(tmp_path, *flags, more)
         assert is_one_error_line(result), result
         assert f"error: {config}: unknown key 'wordbyte' in [architecture_presets], " in result.err
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        pytest.param(
+            "IfmapSRAMBankBandwidth: 32\nIfmapSRAMBankNum: 5\n",
+            "IfmapSRAMBankBandwidth is 32, expected a multiple of IfmapSRAMBankNum, 5",
+            id="both given",
+        ),
+        pytest.param(
+            "FilterSRAMBankNum: 6\n",
+            "FilterSRAMBankBandwidth is 64, expected a multiple of FilterSRAMBankNum, 6",
+            id="banks only",
+        ),
+    ],
+)
+def test_under_user_a_bandwidth_is_a_multiple_of_the_banks(
+    layout: str, message: str, tmp_path: Path
+) -> None:
+    """SCALE-Sim 3.0.0 stops at an assertion there."""
+    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
+    user = f"Bandwidth: 64\n[run_presets]\nInterfaceBandwidth: USER\n[layout]\n{layout}"
+    config.write_text(config.read_text() + user)
+    result = run(tmp_path, f"--scalesim_config={config}", "--dry_run")
+    assert is_one_error_line(result), result
+    assert result.err == f"error: {config}: {message}\n"
+
+
+def test_under_user_a_bandwidth_of_banks_needs_no_number_of_them(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
+    user = "[run_presets]\nInterfaceBandwidth: USER\n[layout]\nIfmapSRAMBankBandwidth: 33\n"
+    config.write_text(config.read_text() + user)
+    table = write_table(tmp_path / "t.csv", "a,8,8,8")
+    flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
+    assert run(tmp_path, *flags).status == 0
+
+
+def test_a_misspelt_key_in_another_section(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
+    config.write_text(f"{config.read_text()}[run_presets]\nBandwith: 5\n")
+    result = run(tmp_path, FAST, f"--scalesim_config={config}")
+    expected = "did you mean bandwidth in [architecture_presets]?"
+    assert result.err == f"error: {config}: unknown key 'bandwith' in [run_presets], {expected}\n"

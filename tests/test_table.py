@@ -209,3 +209,13 @@ def test_refused_under_hybrid_customized(
 ) -> None:
     expected = f"{tmp_path}/table.csv:{line}: {message}"
     assert refusal(tmp_path, data, "HYBRID_CUSTOMIZED") == expected
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_than_commas(separator: str, tmp_path: Path) -> None:
+    header = separator.join(["Layer", "m", "n", "k"])
+    with pytest.raises(tool.UserError) as error:
+        read(tmp_path, f"{header}\n".encode())
+    where = f"{tmp_path}/table.csv:1"
+    expected = f"one column {header!a}, expected commas between columns"
+    assert str(error.value) == f"{where}: {expected}"

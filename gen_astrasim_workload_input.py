@@ -1055,7 +1055,9 @@ def check_keys(
                 unknown[key] = f"{source}: {problem}, {expected_key(key, section, known)}"
     for key in ("ArrayHeight", "ArrayWidth", "Dataflow"):
         if not given.has_option("architecture_presets", key):
-            raise UserError(f"{source}: no {key} in [architecture_presets], expected one")
+            missing = f"{source}: no {key} in [architecture_presets], expected one"
+            problems = [*unknown.values(), missing]  # it may just be misspelt
+            raise UserError(problems[0])
     return unknown
 
 
@@ -2385,7 +2387,8 @@ def timed_for_text(
     """Return the layers with times for the workload file."""
     clock = Clock(settings.time_unit, settings.clock_mhz)
     timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
-    if not (clock.unit == "us" and settings.chakra_et):  # the traces' warning says the same
+    traces_warn_of_it = settings.chakra_et and not settings.dry_run
+    if not (clock.unit == "us" and traces_warn_of_it):
         warn_of_rounding(all_rows(timed), clock, f"whole {clock.unit}")
     return timed
 

@@ -2492,10 +2492,9 @@ def claimed_targets(settings: Settings, outputs: list[tuple[Path, str]]) -> list
         uses[settings.scalesim_config.resolve()] = "--scalesim_config"
     targets = []
     for path, use in outputs:
-        try:
-            target = path.resolve()
-        except RuntimeError:  # before Python 3.13
-            raise UserError(f"{path} is a link that leads to itself") from None
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # an error where links lead in a circle, which resolve() may not see
+        target = path.resolve()
         if target in uses and not is_device(target):
             raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
         uses[target] = use

@@ -13,6 +13,11 @@ mnk table -> layers -> one NPU's GEMMs, three for each layer -> cycles from SCAL
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends it silently
+
 import configparser
 import csv
 import difflib
@@ -30,7 +35,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -840,7 +844,7 @@ def check_uneven_sizes(plans: list[LayerPlan]) -> None:
     for uneven, names in list(layers_by_split.items())[:8]:
         layers = names[0]
         if len(names) > 1:
-            layers += f" and {len(names) - 1} more layers"
+            layers += f" and {plural(len(names) - 1, 'more layer')}"
         problem = f"does not divide by {uneven.parts}"
         if uneven.size < uneven.parts:
             problem = f"is less than {uneven.parts} NPUs, some of which have none"
@@ -1419,7 +1423,8 @@ def check_read_keys(scalesim: ScaleSim, architecture: Architecture) -> None:
     code = "".join(file.read_text("utf-8", "replace") for file in files)
 
     def is_read(key: str) -> bool:
-        return bool(re.search(f"['\"]{re.escape(key)}['\"]", code, re.IGNORECASE))
+        reading = rf"(get\w*\([^()]*|\[)['\"]{re.escape(key)}['\"]"  # get(section, 'Key')
+        return bool(re.search(reading, code, re.IGNORECASE))
 
     for key, problem in architecture.unknown.items():
         if not is_read(key):
@@ -2387,21 +2392,28 @@ def timed_for_text(
     """Return the layers with times for the workload file."""
     clock = Clock(settings.time_unit, settings.clock_mhz)
     timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
-    traces_warn_of_it = settings.chakra_et and not settings.dry_run
-    if not (clock.unit == "us" and traces_warn_of_it):
+    if not (clock.unit == "us" and settings.chakra_et):  # the traces' warning says the same
         warn_of_rounding(all_rows(timed), clock, f"whole {clock.unit}")
+    return timed
+
+
+def timed_for_traces(
+    plans: list[LayerPlan], cycles: Cycles, architecture: Architecture, settings: Settings
+) -> list[TimedLayer]:
+    """Return the layers with times for traces, which are always in us."""
+    clock = Clock("us", settings.clock_mhz)
+    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
+    warn_of_rounding(all_rows(timed), clock, "whole us, which are all that a trace holds,")
     return timed
 
 
 def trace_of(
     plans: list[LayerPlan], cycles: Cycles, architecture: Architecture, settings: Settings
 ) -> bytes:
-    """Return the trace that --chakra_et asks for, always in us; empty where it does not."""
+    """Return the trace that --chakra_et asks for; empty where it does not."""
     if not settings.chakra_et:
         return b""
-    clock = Clock("us", settings.clock_mhz)
-    timed = timed_layers(plans, cycles, architecture.bandwidth, clock)
-    warn_of_rounding(all_rows(timed), clock, "whole us, which are all that a trace holds,")
+    timed = timed_for_traces(plans, cycles, architecture, settings)
     return chakra_trace(timed, settings.network, settings.parallel, settings.num_passes)
 
 
@@ -2450,6 +2462,8 @@ def forecast(
     """Return what a dry run shows."""
     estimates = {job.gemm: job.cycles for job in jobs}
     timed = timed_for_text(plans, estimates, architecture, settings)
+    if settings.chakra_et:
+        timed_for_traces(plans, estimates, architecture, settings)  # for its warning
     lines = result_table(timed, settings)
     done = f"{plural(len(plans), 'layer')}, {plural(len(jobs), 'distinct GEMM')}"
     lines.append(f"dry run with estimated cycles: {done}, nothing written")
@@ -2490,16 +2504,24 @@ def claimed_targets(settings: Settings, outputs: list[tuple[Path, str]]) -> list
     uses = {settings.mnk.resolve(): "--mnk"}
     if settings.scalesim_config:
         uses[settings.scalesim_config.resolve()] = "--scalesim_config"
+    reports = str(resolved(settings.run_folder) / "gemm_")  # how their folders begin
     targets = []
     for path, use in outputs:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()  # an error where links lead in a circle, which resolve() may not see
-        target = path.resolve()
+        target = resolved(path)
         if target in uses and not is_device(target):
             raise UserError(f"{path} is {uses[target]} and {use}, expected another file for each")
+        if str(target).startswith(reports):
+            raise UserError(f"{path} is among SCALE-Sim's reports, expected another place")
         uses[target] = use
         targets.append(target)
     return targets
+
+
+def resolved(path: Path) -> Path:
+    """Return the file that a path leads to; OSError where links lead in a circle."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()  # resolve() may not see the circle, or fails in its own way
+    return path.resolve()
 
 
 def check_summary(path: Path) -> None:
@@ -2510,7 +2532,7 @@ def check_summary(path: Path) -> None:
         raise UserError(f"{path}: expected a regular file as --summary_csv")
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         header = file.readline(10_000)
-    if header and header != csv_text([SUMMARY_COLUMNS]):
+    if header and header.rstrip("\n") != ",".join(SUMMARY_COLUMNS):
         raise UserError(
             f"{path}:1: header {shown(header)}, expected the columns of a summary;"
             " give another file, or rename this one"
@@ -2527,7 +2549,7 @@ def trace_files(settings: Settings) -> list[Path]:
     prefix = settings.chakra_et
     if not prefix:
         return []
-    folder = prefix.parent.resolve()
+    folder = resolved(prefix.parent)
     return [folder / f"{prefix.name}.{npu}.et" for npu in range(settings.num_npus)]
 
 
@@ -2656,7 +2678,7 @@ def replace_files(staged: dict[Path, Path]) -> None:
 
 
 @contextmanager
-def names_file(path: Path) -> Iterator[None]:
+def names_file(path: Path | str) -> Iterator[None]:
     """Have an error name this file: a full disk's names none, others a temporary one."""
     try:
         yield
@@ -2765,7 +2787,7 @@ class UserError(Exception):
 
 def print_message(kind: str, message: str) -> None:
     """Print one line to stderr, if anybody can read it."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError), signals_held():  # tqdm's lock does not survive one
         tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
 
 
@@ -2786,7 +2808,8 @@ def print_results(lines: Iterable[str]) -> None:
     except UnicodeEncodeError:
         text = text.replace("×", "x").encode("ascii", "backslashreplace").decode()
     try:
-        print(text, flush=True)
+        with names_file("standard output"):
+            print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import gen_astrasim_workload_input as tool
 from helpers import (
     FAST,
+    SCRIPT,
     SUMMARY_HEADER,
     generate,
     is_flag_error,
@@ -230,3 +233,30 @@ def test_a_name_that_the_terminal_can_not_show_is_escaped(tmp_path: Path) -> Non
     result = run(tmp_path, FAST, f"--mnk={table}", env={"PYTHONIOENCODING": "ascii"})
     assert (result.status, result.err) == (0, "")
     assert "\ncaf\\xe9 " in result.out
+
+
+@pytest.mark.parametrize("flag", ["--output_file", "--summary_csv"])
+@pytest.mark.parametrize("name", ["gemm_8x8x8", "gemm_8x8x8/COMPUTE_REPORT.csv", "gemm_1x1x1/x"])
+def test_an_output_among_scalesims_reports_is_refused(flag: str, name: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", "a,8,8,8")
+    path = f"outputs/DATA/t/{name}"
+    result = run(tmp_path, FAST, f"--mnk={table}", "--num_npus=1", f"{flag}={path}")
+    expected = "is among SCALE-Sim's reports, expected another place"
+    assert result.err == f"error: {tmp_path}/{path} {expected}\n"
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_traces_behind_a_link_that_leads_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    result = run(tmp_path, FAST, "--chakra_et=circle/x", "--clock_mhz=700")
+    assert is_one_error_line(result), result
+
+
+def test_results_that_the_terminals_disk_has_no_room_for(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), FAST]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: standard output: No space left on device\n",
+    )

@@ -561,7 +561,8 @@ def test_a_key_that_only_a_changed_scalesim_reads(tmp_path: Path) -> None:
     """It reaches that SCALE-Sim, and is refused with any other and with the formula."""
     fake_v2(tmp_path / "usual", GOOD_REPORT)
     reads = "word = [line for line in open('gemm.cfg') if line.startswith('wordbyte')]"
-    fake_v2(tmp_path / "changed", f"'WordByte'\n{reads}\nprint(word)\n{GOOD_REPORT}")
+    get = "lambda config: config.get(section, 'WordByte')"
+    fake_v2(tmp_path / "changed", f"{get}\n{reads}\nprint(word)\n{GOOD_REPORT}")
     config = write_config(tmp_path / "c.cfg", 8, 8, "os")
     config.write_text(f"{config.read_text()}WordByte: 4\n")
     table = write_table(tmp_path / "t.csv", "a,8,8,8")

@@ -176,3 +176,10 @@ def test_the_last_lines_say_all_that_was_written(tmp_path: Path) -> None:
         f"wrote a row in {tmp_path}/s.csv",
         f"wrote details in {tmp_path}/outputs/DATA/t",
     ]
+
+
+def test_a_dry_run_warns_of_rounding_in_traces_too(tmp_path: Path) -> None:
+    flags = [FAST, "--num_npus=16", "--num_packages=2", "--clock_mhz=700", "--chakra_et=et/x"]
+    dry, real = run(tmp_path, *flags, "--dry_run"), run(tmp_path, *flags)
+    assert "all that a trace holds" in dry.err
+    assert dry.err == real.err

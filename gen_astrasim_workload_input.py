@@ -309,10 +309,14 @@ class Row(NamedTuple):
 class TimedLayer(NamedTuple):
     """The rows of a layer."""
 
-    plan: LayerPlan
     forward: Row
     input_gradient: Row
     weight_gradient: Row
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The plan that they are the passes of."""
+        return self.forward.plan
 
     @property
     def rows(self) -> tuple[Row, Row, Row]:
@@ -1338,8 +1342,9 @@ def cycle_model(settings: Settings, architecture: Architecture) -> CycleModel:
     """Return what turns GEMMs into cycles; UserError where there is no SCALE-Sim."""
     if settings.cycle_model == "simulated":
         return SimulatedModel(settings, architecture)
-    for problem in architecture.unknown.values():
-        raise UserError(problem)
+    if architecture.unknown:
+        problems = [*architecture.unknown.values()]
+        raise UserError(problems[0])
     if architecture.bandwidth_mode == "USER":
         what = f"{settings.scalesim_config}: InterfaceBandwidth is USER"
         warn(f"{what}: without its stalls analytical cycles are a lower bound")
@@ -1856,7 +1861,7 @@ def timed_layers(
         forward = timed(plan, plan.forward)
         input_gradient = timed(plan, plan.input_gradient)
         weight_gradient = timed(plan, plan.weight_gradient)
-        layers.append(TimedLayer(plan, forward, input_gradient, weight_gradient))
+        layers.append(TimedLayer(forward, input_gradient, weight_gradient))
     return layers
 
 
@@ -2359,8 +2364,7 @@ def generate(settings: Settings) -> None:
     plans = [plan_layer(layer, settings) for layer in layers]
     check_plans(plans, settings.num_packages)
     architecture = read_architecture(settings.scalesim_config)
-    if not settings.scalesim_config or "bandwidth" in architecture.lacking:
-        warn_of_bandwidth(plans, architecture)
+    warn_of_bandwidth(plans, architecture, settings)
     model = cycle_model(settings, architecture)
     jobs = distinct_jobs(plans, architecture)
     title = run_title(settings, plans, architecture, model)
@@ -2430,8 +2434,12 @@ def written_lines(settings: Settings, done: str) -> list[str]:
     return [*lines, f"wrote details in {settings.run_folder.resolve()}"]
 
 
-def warn_of_bandwidth(plans: list[LayerPlan], architecture: Architecture) -> None:
+def warn_of_bandwidth(
+    plans: list[LayerPlan], architecture: Architecture, settings: Settings
+) -> None:
     """Warn of look-ups at a bandwidth that nobody chose."""
+    if settings.scalesim_config and "bandwidth" not in architecture.lacking:
+        return
     for plan in plans:
         if plan.layer.type == "EMBEDDING":
             bandwidth = f"{architecture.bandwidth} elements a cycle"

@@ -199,6 +199,16 @@ def generate(folder: Path, **changes: Any) -> tuple[str, list[Node]]:
     return text, read_trace(folder / "et" / "x.0.et")
 
 
+def graph_lines(nodes: list[Node]) -> list[str]:
+    """Return each node by its name, and after which others it comes, by name."""
+    names = {node.id: node.name for node in nodes}
+    lines = []
+    for node in nodes:
+        before = sorted(names[number] for number in node.after)
+        lines.append(f"{node.name}: {', '.join(before) or '-'}")
+    return lines
+
+
 def trace_names(count: int, prefix: str = "x") -> set[str]:
     """Return the names of the traces of so many NPUs."""
     return {f"{prefix}.{npu}.et" for npu in range(count)}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chakra_reader import Node, contents, expected_contents, generate
+from chakra_reader import Node, contents, expected_contents, generate, graph_lines
 from helpers import MANY, PARALLEL, ROUNDINGS, LayerCells, folds_of_100, table, tables, write_table
 
 NETWORK = (2, 4)  # 2 NPUs in each of 4 packages
@@ -101,13 +101,8 @@ b forward: a forward ALLGATHER, b weight gradient ALLREDUCE
 def test_one_step_and_the_next_ones_forward_pass(parallel: str, graph: str, tmp_path: Path) -> None:
     layers = write_layers(tmp_path, f"a,{TALL},MODEL", f"b,{WIDE},DATA")
     _, nodes = generate(tmp_path, **layers, parallel=parallel, num_passes=2)
-    names = {node.id: node.name for node in nodes}
-    lines = []
-    for node in nodes:
-        before = sorted(names[id] for id in node.after)
-        lines.append(f"{node.name}: {', '.join(before) or '-'}")
     expected = graph.strip().splitlines()
-    assert lines[: len(expected)] == expected
+    assert graph_lines(nodes)[: len(expected)] == expected
 
 
 def play(nodes: list[Node], network: tuple[int, int]) -> int:

@@ -52,19 +52,18 @@ def planned(folder: Path, header: str, line: str, **changes: Any) -> Planned:
     ]
 
 
+PLAIN_LAYER: Planned = [
+    (1, (2, 40, 36), None),
+    (1, (2, 36, 40), None),
+    (1, (36, 40, 2), ("ALLREDUCE", 1440, (0, 1), 12)),
+]
+
+
 # m = 24 rows are split over dp, n = 40 and k = 36 over mp; m n = 960, m k = 864, n k = 1440.
 @pytest.mark.parametrize(
     ("parallel", "expected"),
     [
-        pytest.param(
-            "DATA",
-            [
-                (1, (2, 40, 36), None),
-                (1, (2, 36, 40), None),
-                (1, (36, 40, 2), ("ALLREDUCE", 1440, (0, 1), 12)),
-            ],
-            id="DATA: a plain layer",
-        ),
+        pytest.param("DATA", PLAIN_LAYER, id="DATA: a plain layer"),
         pytest.param(
             "MODEL",
             [
@@ -103,15 +102,7 @@ def test_column_parallel(parallel: str, expected: Planned, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("parallel", "expected"),
     [
-        pytest.param(
-            "DATA",
-            [
-                (1, (2, 40, 36), None),
-                (1, (2, 36, 40), None),
-                (1, (36, 40, 2), ("ALLREDUCE", 1440, (0, 1), 12)),
-            ],
-            id="DATA: a plain layer",
-        ),
+        pytest.param("DATA", PLAIN_LAYER, id="DATA: a plain layer"),
         pytest.param(
             "MODEL",
             [

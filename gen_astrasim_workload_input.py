@@ -1764,7 +1764,8 @@ def run_side_by_side(
         job = next_job(waiting, free, alone=not running)
         if job and len(running) < slots:
             waiting.remove(job)
-            running[job] = submit(job)
+            with signals_held():  # else a pool may not know of a thread that has begun
+                running[job] = submit(job)
             free -= job.memory
             continue
         done = wait(running.values(), timeout=1, return_when=FIRST_COMPLETED).done

@@ -28,19 +28,24 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -61,10 +66,16 @@ class UserError(Exception):
     """A problem that the user can fix, described in one line."""
 
 
+def printable(text: str) -> str:
+    """Return text with escapes for whatever a terminal might obey."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def say(kind: str, message: str) -> None:
-    """Print one line to stderr, if anybody can read it."""
+    """Print one line to stderr, unless it is closed."""
+    line = re.sub(r"\s*\n\s*", " ", message.strip())  # some libraries' errors have several
     with suppress(OSError, ValueError):
-        tqdm.write(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
+        tqdm.write(f"{kind}: {printable(line)}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -73,9 +84,10 @@ def warn(message: str) -> None:
 
 
 def warn_of_first(cases: list[str], consequence: str) -> None:
-    """Print one warning for several cases, which names the first."""
+    """Print one warning for all cases, which names the first."""
     if cases:
-        warn(f"{cases[0]} ({len(cases)} such in all){consequence}")
+        others = f" (and {len(cases) - 1} more)" if cases[1:] else ""
+        warn(f"{cases[0]}{others}{consequence}")
 
 
 def quoted(text: str) -> str:
@@ -102,7 +114,7 @@ def expected_name(name: str, known: Sequence[str]) -> str:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that up to 30 digits stand for; None for any other text."""
+    """Return the value of up to 30 digits, which no real size exceeds; None for any other text."""
     if re.fullmatch("[0-9]{1,30}", text):
         return int(text)
     return None
@@ -121,8 +133,8 @@ def csv_text(rows: Iterable[Iterable[object]]) -> str:
 
 
 @contextmanager
-def names_file(path: Path | str) -> Iterator[None]:
-    """Make an OSError name this file: on a full disk it names none, or a temporary one."""
+def errors_name(path: Path | str) -> Iterator[None]:
+    """Put this path into any OSError; that of a full disk names none, others a temporary file."""
     try:
         yield
     except OSError as error:
@@ -139,26 +151,61 @@ def absolute_path(text: str) -> Path | None:
     return Path(os.path.expanduser(text)).absolute()
 
 
+def read_text(path: Path, expected: str) -> str:
+    """Return the text of an input, at most 64 MiB of UTF-8; else a UserError says what to give."""
+    with path.open("rb") as file:
+        data = file.read((1 << 26) + 1)
+    if len(data) > 1 << 26:
+        raise UserError(f"{path}: more than 64 MiB, expected {expected}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        what = f"{path}:{line}: not UTF-8, perhaps UTF-16 or a spreadsheet"
+        raise UserError(f"{what}, expected {expected} in UTF-8") from None
+    if "\0" in text:
+        what = f"{path}: a NUL character, perhaps of UTF-16 or a spreadsheet"
+        raise UserError(f"{what}, expected {expected} in UTF-8")
+    return text
+
+
 def is_device(path: Path) -> bool:
     """Tell whether a path is a pipe, a terminal or the like, which can't be replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
+def replace_file(target: Path, data: bytes, mode_of: Path | None = None) -> None:
+    """Put a file, or nothing at all, in the place of another, with the permissions of a third."""
+    part = target.with_name(f".{os.urandom(8).hex()}.part")
+    try:
+        part.write_bytes(data)
+        if mode_of:
+            shutil.copymode(mode_of, part)
+        os.replace(part, target)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file, whole or not at all; a device is written to directly."""
-    with names_file(path):
+    """Write an output, whole or not at all; a link stays a link.
+
+    A device, and a file that can't be replaced, is written to where it is. Containers have such
+    files: mounted on their own, or in a folder that is not to be written to.
+    """
+    with errors_name(path):
         if is_device(path):
             path.write_bytes(data)
             return
-        target = path.resolve()  # a link stays a link
-        part = target.with_name(f".{os.urandom(8).hex()}.part")
+        target = path.resolve()
+        exists = target.exists()
         try:
-            part.write_bytes(data)
-            if target.exists():
-                shutil.copymode(target, part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+            replace_file(target, data, mode_of=target if exists else None)
+        except OSError as error:
+            can_not_replace = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
+            if not exists or error.errno not in can_not_replace:
+                raise
+            target.write_bytes(data)
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:
@@ -238,7 +285,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock, for ns, us and traces.", 1e-6, 1e9)
 flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x; needs --clock_mhz.")
-flags.DEFINE_integer("num_passes", 1, "Training steps in these traces.", 1, 1 << 20)
+flags.DEFINE_integer("num_passes", 1, "Training steps in the traces.", 1, 1 << 20)
 flags.DEFINE_string("summary_csv", "", "A CSV file to which a row for this run is appended.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and its cost; write nothing.")
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate there.")
@@ -277,14 +324,19 @@ flags.register_validator("mnk", bool, "expected a path")
 flags.register_validator("output_file", bool, "expected a path")
 flags.register_validator("output_file", is_file_or_empty, "expected a file, not a folder")
 flags.register_validator("summary_csv", is_file_or_empty, "expected a file, not a folder")
-flags.register_validator("chakra_et", is_file_or_empty, "expected how file names begin")
+flags.register_validator("chakra_et", is_file_or_empty, "expected a prefix of file names")
 flags.register_validator("run_name", is_below_outputs, "expected a folder below outputs")
 flags.register_multi_flags_validator(
     ["num_npus", "num_packages"],
     lambda given: given["num_npus"] % given["num_packages"] == 0,
-    "NPUs are not divisible by packages",
+    "expected NPUs to be divisible by packages",
 )
 flags.register_multi_flags_validator(["time_unit", "clock_mhz", "chakra_et"], check_clock)
+flags.register_multi_flags_validator(
+    ["num_npus", "chakra_et"],
+    lambda given: not given["chakra_et"] or given["num_npus"] <= 1 << 20,
+    "that many traces are too many, expected at most 1048576",
+)
 
 
 class Clock(NamedTuple):
@@ -298,7 +350,7 @@ class Clock(NamedTuple):
         """The length of a cycle in this unit."""
         if self.unit == "cycles":
             return Fraction(1)
-        microseconds = 1 / Fraction(str(self.mhz))
+        microseconds = 1 / Fraction(str(self.mhz))  # as it was typed: 0.1 is 1/10
         if self.unit == "us":
             return microseconds
         return 1000 * microseconds
@@ -341,6 +393,10 @@ class Settings(NamedTuple):
         """Return the parsed flags; warn of those without effect."""
         given = flags.FLAGS
         values: dict[str, Any] = {name: given[name].value for name in cls._fields}
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            raise UserError("the current folder has been deleted") from None
         if os.path.expanduser(given.cache_dir).startswith("~"):
             warn("there is no home folder: simulations are not cached")
             values["cache_dir"] = ""
@@ -355,6 +411,8 @@ class Settings(NamedTuple):
                     warn(f"--{name} has no effect with --cycle_model=analytical")
         if given["num_passes"].present and not given.chakra_et:
             warn("--num_passes has no effect without --chakra_et")
+        if given.chakra_et and given.num_npus == 1:
+            warn("traces for 1 NPU: ASTRA-sim 2.x takes no network of one NPU")
         return cls(**values)
 
     @property
@@ -379,7 +437,7 @@ class Settings(NamedTuple):
 
     @property
     def precisions(self) -> dict[Clock, str]:
-        """What the written times are rounded to, for messages."""
+        """What the written times are rounded to, for messages: once, if text and traces agree."""
         precisions = {self.text_clock: f"whole {self.time_unit}"}
         if self.chakra_et:
             precisions[self.trace_clock] = "whole us, which are all that a trace holds,"
@@ -473,8 +531,22 @@ class Collective(NamedTuple):
 
     kind: str  # one of COLLECTIVE_KINDS
     bytes: int  # an NPU's share in an ALLGATHER or ALLTOALL, the group's buffer in others
-    dimensions: tuple[int, ...]  # of the network, that the group spans
-    members: int  # NPUs in the group
+    within: int  # NPUs of the group in each package
+    between: int  # packages that the group spans
+
+    @classmethod
+    def over(
+        cls, kind: str, size: int, dimensions: Collection[int], network: tuple[int, int]
+    ) -> Collective:
+        """Return a collective over some dimensions of a network."""
+        within = network[0] if 0 in dimensions else 1
+        between = network[1] if 1 in dimensions else 1
+        return cls(kind, size, within, between)
+
+    @property
+    def members(self) -> int:
+        """NPUs in the group."""
+        return self.within * self.between
 
     @property
     def is_alone(self) -> bool:
@@ -493,9 +565,25 @@ class Collective(NamedTuple):
             "NONE": 0,
         }[self.kind]
 
+    @property
+    def sent_between_packages(self) -> int:
+        """What of it leaves the package, rounded down.
+
+        A hierarchical collective, such as ASTRA-sim's localBWAware, uses the package's network
+        first, so that only a share of each buffer is left to travel between packages.
+        """
+        others = self.between - 1
+        return {
+            "ALLGATHER": others * self.bytes,
+            "REDUCESCATTER": others * self.bytes // self.members,
+            "ALLREDUCE": 2 * others * self.bytes // self.members,
+            "ALLTOALL": others * self.bytes // self.between,
+            "NONE": 0,
+        }[self.kind]
+
 
 COLLECTIVE_KINDS = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0, "ALLTOALL": 6}  # in Chakra
-NO_COLLECTIVE = Collective("NONE", bytes=0, dimensions=(), members=1)  # as files have it
+NO_COLLECTIVE = Collective("NONE", bytes=0, within=1, between=1)  # as files have it
 
 
 class CollectiveRule(NamedTuple):
@@ -505,26 +593,28 @@ class CollectiveRule(NamedTuple):
     buffer: str  # what it communicates: outputs, inputs or weights
     group: str  # "mp", the NPUs that split n, or "dp", those that split m
 
-    def collective(self, layer: Layer, dp: int, mp: int, datatype_size: int) -> Collective | None:
+    def collective(self, layer: Layer, settings: Settings) -> Collective | None:
         """Return the collective of a layer; None if its strategy has no such group.
 
-        The other degree splits the buffer between groups.
+        There are as many groups as the other degree says; each has an equal part of the buffer.
         """
         strategy = STRATEGIES[layer.strategy]
-        dimensions, members, parts = strategy.split_m, dp, mp
-        if self.group == "mp":
+        dp, mp = strategy.degrees(settings.network)
+        if self.group == "dp":
+            dimensions, members, parts = strategy.split_m, dp, mp
+        else:
             dimensions, members, parts = strategy.split_n, mp, dp
         if not dimensions:
             return None
-        if self.kind in ("ALLGATHER", "ALLTOALL"):
+        if self.kind in ("ALLGATHER", "ALLTOALL"):  # ASTRA-sim counts an NPU's share of these
             parts *= members
         elements = {
             "outputs": layer.m * layer.n,
             "inputs": layer.input_elements,
             "weights": layer.n * layer.k,
         }
-        size = elements[self.buffer] * datatype_size // parts
-        return Collective(self.kind, size, dimensions, members)
+        size = elements[self.buffer] * settings.datatype_size // parts
+        return Collective.over(self.kind, size, dimensions, settings.network)
 
 
 class PassRule(NamedTuple):
@@ -544,7 +634,7 @@ class PassRule(NamedTuple):
 
 
 class ShareRule(NamedTuple):
-    """Over which NPUs things are shared out that are never cut, such as heads."""
+    """Over which NPUs whole things, such as heads, are shared out."""
 
     name: str  # groups, count, samples or heads
     over: str  # "dp", "mp" or "all"
@@ -553,21 +643,20 @@ class ShareRule(NamedTuple):
 class LayerType(NamedTuple):
     """What holds for all layers of a type.
 
-    What an NPU takes and leaves is a whole matrix, or its share of the columns.
+    Its inputs and outputs, and their gradients, are on each NPU whole, or by a share of columns.
     """
 
     passes: dict[str, PassRule]  # by names in PASSES
     shares: tuple[ShareRule, ...] = ()
-    takes: str = "whole"
-    leaves: str = "whole"
-    takes_gradient: str = "whole"  # of the outputs
-    leaves_gradient: str = "whole"  # of the inputs
+    is_counted: bool = False  # the table gives a Count
+    inputs: str = "whole"  # or "columns"
+    outputs: str = "whole"
+    output_gradient: str = "whole"
+    input_gradient: str = "whole"
 
-    @property
-    def is_counted(self) -> bool:
-        """Whether the table gives the number of products."""
-        return any(share.name == "count" for share in self.shares)
 
+# In the sizes of a GEMM m, n and k are the layer's, m' = m/dp, n' = n/mp and k' = k/mp one NPU's,
+# and n/g are the columns of one of the groups of a convolution.
 
 GATHER_OUTPUTS = CollectiveRule("ALLGATHER", "outputs", "mp")
 EXCHANGE_OUTPUTS = CollectiveRule("ALLTOALL", "outputs", "mp")
@@ -583,8 +672,8 @@ LAYER_TYPES = {
             "input gradient": PassRule(("m'", "k", "n'"), after=(SCATTER_INPUTS,)),
             "weight gradient": PassRule(("k", "n'", "m'"), after=(REDUCE_WEIGHTS,)),
         },
-        takes_gradient="columns",
-        leaves_gradient="columns",
+        output_gradient="columns",
+        input_gradient="columns",
     ),
     # The halves of Megatron-LM's tensor parallelism (Shoeybi et al. 2019).
     "COLUMN_PARALLEL": LayerType(
@@ -593,8 +682,8 @@ LAYER_TYPES = {
             "input gradient": PassRule(("m'", "k", "n'"), after=(REDUCE_INPUTS,)),
             "weight gradient": PassRule(("k", "n'", "m'"), after=(REDUCE_WEIGHTS,)),
         },
-        leaves="columns",
-        takes_gradient="columns",
+        outputs="columns",
+        output_gradient="columns",
     ),
     "ROW_PARALLEL": LayerType(
         passes={
@@ -602,8 +691,8 @@ LAYER_TYPES = {
             "input gradient": PassRule(("m'", "k'", "n")),
             "weight gradient": PassRule(("k'", "n", "m'"), after=(REDUCE_WEIGHTS,)),
         },
-        takes="columns",
-        leaves_gradient="columns",
+        inputs="columns",
+        input_gradient="columns",
     ),
     # Products of activations, as in attention.
     "BATCHED_GEMM": LayerType(
@@ -613,13 +702,14 @@ LAYER_TYPES = {
             "weight gradient": PassRule(("k", "n", "m")),
         },
         shares=(ShareRule("count", "all"),),
-        takes="columns",
-        leaves="columns",
-        takes_gradient="columns",
-        leaves_gradient="columns",
+        is_counted=True,
+        inputs="columns",
+        outputs="columns",
+        output_gradient="columns",
+        input_gradient="columns",
     ),
-    # Tables of embeddings, cut by columns; k lookups for each sample and column. An update reads
-    # and writes what was looked up.
+    # Tables of embeddings, cut by columns; k lookups for each sample and column. Backward only the
+    # gradient is exchanged first; then the update reads and writes what was looked up.
     "EMBEDDING": LayerType(
         passes={
             "forward": PassRule(("m", "n'", "k"), after=(EXCHANGE_OUTPUTS,), accesses=1),
@@ -631,7 +721,7 @@ LAYER_TYPES = {
 BATCHED_BY_HEADS = LAYER_TYPES["BATCHED_GEMM"]._replace(
     shares=(ShareRule("samples", "dp"), ShareRule("heads", "mp"))
 )
-GEMM_BY_GROUPS = LayerType(  # a convolution
+GEMM_BY_GROUPS = LayerType(  # a convolution; a group's input gradient is all on one NPU
     passes={
         "forward": PassRule(("m'", "n/g", "k"), after=(GATHER_OUTPUTS,)),
         "input gradient": PassRule(("m'", "k", "n/g")),
@@ -639,6 +729,15 @@ GEMM_BY_GROUPS = LayerType(  # a convolution
     },
     shares=(ShareRule("groups", "mp"),),
 )
+
+
+def type_of(layer: Layer, mp: int) -> LayerType:
+    """Return the rules of a layer, which may be those of a variant of its type."""
+    if layer.heads:
+        return BATCHED_BY_HEADS
+    if layer.groups > 1 and layer.groups >= mp:
+        return GEMM_BY_GROUPS
+    return LAYER_TYPES[layer.type]
 
 
 # --- The table of layers
@@ -664,10 +763,16 @@ class Columns:
     DERIVED = ("Eh", "Ew", "e2")  # sizes of outputs, in SCALE-Sim's own files
     CONVOLUTION_OPTIONAL = ("Padding", "Groups", STRATEGY, *DERIVED)
     OTHER_NAMES: ClassVar = {
+        "name": "Layer",
         "layer name": "Layer",
         "channel": "Channels",
         "num filters": "Num Filter",
     }
+
+
+def has_word(name: str, words: str) -> bool:
+    """Tell whether a layer's name has one of `words`, a regular expression, between non-letters."""
+    return bool(re.search(rf"(?<![^\W\d_])({words})(?![^\W\d_])", name, re.IGNORECASE))
 
 
 class TableLine(NamedTuple):
@@ -681,11 +786,14 @@ class TableLine(NamedTuple):
         return self.cells.get(column, "")
 
     def size(self, column: str, least: int = 1) -> int:
-        """Return the whole number in a column."""
-        number = whole_number(self.cells[column])
+        """Return the whole number in a column, also one that pandas wrote as 64.0."""
+        cell = self.cells[column]
+        number = whole_number(cell.removesuffix(".0"))
         if number is None or number < least:
-            what = f"{column} is {quoted(self.cells[column])}"
-            raise UserError(f"{self.where}: {what}, expected a whole number >= {least}")
+            expected = f"expected a whole number >= {least}"
+            if re.fullmatch("[0-9]{31,}", cell):
+                expected = "expected at most 30 digits"
+            raise UserError(f"{self.where}: {column} is {quoted(cell)}, {expected}")
         return number
 
     def layer(self, parallel: str, minibatch: int) -> Layer:
@@ -728,7 +836,8 @@ class TableLine(NamedTuple):
             what = f"Count is {quoted(cell)}"
             raise UserError(f"{self.where}: {what}, expected none with type {layer.type}")
         first, times, second = cell.lower().replace("×", "x").partition("x")
-        number, heads = whole_number(first.strip()), whole_number(second.strip())
+        number = whole_number(first.strip().removesuffix(".0"))
+        heads = whole_number(second.strip())
         if not number or (times and not heads):
             expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
             raise UserError(f"{self.where}: Count is {quoted(cell)}, {expected}")
@@ -742,9 +851,9 @@ class TableLine(NamedTuple):
         groups = 1
         if self.text("Groups"):
             groups = self.size("Groups")
-        elif re.search("(?<![A-Z])DP(?![A-Za-z])", name):
-            what = f"{name}: DP marks a depth-wise layer for SCALE-Sim"
-            raise UserError(f"{self.where}: {what}, expected its channels in a column Groups")
+        elif has_word(name, "dw|dp|depth[_-]?wise"):  # DP is SCALE-Sim's own mark
+            advice = "give Groups: 1, or as many as Channels, and as Num Filter those of all groups"
+            raise UserError(f"{self.where}: {name} sounds depth-wise; {advice}")
         for column in ("Channels", "Num Filter"):
             size = self.size(column)
             if size % groups:
@@ -792,9 +901,12 @@ class Header(NamedTuple):
     @classmethod
     def read(cls, where: str, cells: list[str]) -> Header:
         """Return the columns that a header's cells name, in any letter case and spacing."""
-        if len(cells) == 1 and re.search("[;\t]", cells[0]):
+        if len(cells) == 1 and re.search(r"[;\t ]", cells[0]):
             what = f"one column {quoted(cells[0])}"
-            raise UserError(f"{where}: {what}, expected commas between columns")
+            raise UserError(f"{where}: {what}, expected a header with commas between columns")
+        if any(whole_number(cell) is not None for cell in cells):
+            what = f"no header but {quoted(','.join(cells))}"
+            raise UserError(f"{where}: {what}, expected one such as {','.join(Columns.GEMM)}")
         spellings = {**Columns.OTHER_NAMES}
         for name in (*Columns.GEMM, *Columns.GEMM_OPTIONAL, *Columns.CONVOLUTION):
             spellings[name.lower()] = name
@@ -884,7 +996,7 @@ class Table(NamedTuple):
     def read(cls, settings: Settings) -> Table:
         """Return the table that --mnk names."""
         path = settings.mnk
-        text = io.StringIO(path.read_text("utf-8-sig", "surrogateescape"))
+        text = io.StringIO(read_text(path, "a CSV table"))
         reader = csv.reader(text, strict=True, skipinitialspace=True)
         rows = []
         try:
@@ -913,6 +1025,7 @@ class Table(NamedTuple):
         layers = []
         renamed = []
         uncounted = []
+        attention = []
         for line in self.lines:
             layer = line.layer(self.parallel, self.minibatch)
             layers.append(layer)
@@ -920,8 +1033,13 @@ class Table(NamedTuple):
                 renamed.append(f"{line.where}: spaces in layer names become _")
             if LAYER_TYPES[layer.type].is_counted and not line.text("Count"):
                 uncounted.append(f"{line.where}: a {layer.type} without a Count")
+            is_typed = "Type" in line.cells or "m" not in line.cells
+            if not is_typed and has_word(layer.name, "scores?|qk|qkt|qktv|context"):
+                attention.append(f"{line.where}: {layer.name} sounds like attention")
         warn_of_first(renamed, "")
         warn_of_first(uncounted, ", each taken as one product")
+        advice = "products of activations have no weights: give them the Type BATCHED_GEMM"
+        warn_of_first(attention, f"; {advice}")
         if self.parallel == DLRM:
             self.check_embedding(layers)
         return layers
@@ -942,34 +1060,31 @@ class Table(NamedTuple):
 # --- The plan: what one NPU computes and communicates
 
 
+@dataclass(eq=False)
 class Pass:
     """One NPU's part of a pass of a layer: collectives, what it computes, more collectives."""
 
-    cycles: int  # of its computing; there is none until a cycle model has run
-
-    def __init__(
-        self,
-        layer: Layer,
-        name: str,  # one of PASSES
-        count: int,  # of equal GEMMs
-        work: Gemm | Lookups,
-        before: Sequence[Collective],
-        after: Sequence[Collective],
-    ) -> None:
-        self.layer = layer
-        self.name = name
-        self.count = count
-        self.work = work
-        self.before = before
-        self.after = after
+    layer: Layer
+    name: str  # one of PASSES
+    count: int  # of equal GEMMs
+    work: Gemm | Lookups
+    before: list[Collective]
+    after: list[Collective]
+    cycles: int = field(init=False)  # there are none until a cycle model has run
 
     def __str__(self) -> str:
-        return f"{self.layer.name}, {self.name} pass"
+        return f"the {self.name} pass of {self.layer.name}"
 
     @property
     def collectives(self) -> list[Collective]:
         """All of them, in the order of time."""
         return [*self.before, *self.after]
+
+    def without_end(self) -> Pass:
+        """Return a copy after which nothing is communicated."""
+        shorter = copy.copy(self)
+        shorter.after = []
+        return shorter
 
 
 class Share(NamedTuple):
@@ -1002,12 +1117,7 @@ class LayerPlan(NamedTuple):
     def of(cls, layer: Layer, settings: Settings) -> LayerPlan:
         """Return the plan of a layer: its shares, then its passes by the rules of its type."""
         dp, mp = STRATEGIES[layer.strategy].degrees(settings.network)
-        layer_type = LAYER_TYPES[layer.type]
-        if layer.heads:
-            layer_type = BATCHED_BY_HEADS
-        elif layer.groups > 1 and layer.groups >= mp:
-            layer_type = GEMM_BY_GROUPS
-
+        layer_type = type_of(layer, mp)
         sizes = layer.sizes
         count = 1
         shares = []
@@ -1020,11 +1130,11 @@ class LayerPlan(NamedTuple):
         for name, npus in (("m", dp), ("n", mp), ("k", mp)):
             share = Share.of(name, sizes[name], npus, settings.shard_rounding)
             sizes[f"{name}'"] = share.size
-            if f"{name}'" in layer_type.passes["forward"].sizes:
+            if f"{name}'" in layer_type.passes["forward"].sizes:  # all passes have the same shares
                 shares.append(share)
 
         def collectives(rules: tuple[CollectiveRule, ...]) -> list[Collective]:
-            possible = [rule.collective(layer, dp, mp, settings.datatype_size) for rule in rules]
+            possible = [rule.collective(layer, settings) for rule in rules]
             return [collective for collective in possible if collective]
 
         passes = {}
@@ -1038,11 +1148,18 @@ class LayerPlan(NamedTuple):
         """What is not divisible, so that NPUs have different shares."""
         return [share for share in self.shares if share.total % share.npus]
 
+    def reads_input_of(self, before: LayerPlan) -> bool:
+        """Tell whether this layer and the one before it are siblings, such as q, k and v."""
+        first, second = before.layer, self.layer
+        types = first.type, second.type
+        same = first.strategy == second.strategy and (first.m, first.k) == (second.m, second.k)
+        return types == ("COLUMN_PARALLEL", "COLUMN_PARALLEL") and same
+
     def mismatch_with(self, after: LayerPlan) -> str:
         """Return what is missing between this layer and the next; empty if they fit.
 
-        What a layer leaves on its NPU is what the next one takes, and the other way round for
-        gradients.
+        The outputs of a layer have to be on the NPUs as the next one's inputs are, and gradients
+        the other way round. A GEMM's collectives leave all that another GEMM needs.
         """
         first, second = self.layer, after.layer
         types = first.type, second.type
@@ -1051,26 +1168,45 @@ class LayerPlan(NamedTuple):
             return ""
         if first.strategy != second.strategy:
             return f"{pair} of another strategy lacks a resharding"
-        if self.mp == 1:
+        if self.mp == 1 or after.reads_input_of(self):
             return ""
-        same_input = (first.m, first.k) == (second.m, second.k)
-        if types == ("COLUMN_PARALLEL", "COLUMN_PARALLEL") and same_input:
-            return ""
-        left, taken = LAYER_TYPES[first.type], LAYER_TYPES[second.type]
-        if (left.leaves, taken.takes) == ("columns", "whole"):
+        first_type, second_type = LAYER_TYPES[first.type], LAYER_TYPES[second.type]
+        if (first_type.outputs, second_type.inputs) == ("columns", "whole"):
             return f"{pair} lacks an ALLGATHER"
-        if (taken.leaves_gradient, left.takes_gradient) == ("columns", "whole"):
+        if (second_type.input_gradient, first_type.output_gradient) == ("columns", "whole"):
             return f"{pair} lacks a collective of the gradient"
         return ""
+
+    def resharding_before(self, after: LayerPlan, settings: Settings) -> list[Collective]:
+        """Return the collectives between two GEMMs of different strategies, which no file has.
+
+        The NPUs that split m of a layer have different rows of its outputs, and the others copies.
+        So where the next layer splits m over fewer NPUs, rows have to be gathered. Backward an
+        input gradient is reduced and scattered as the layer before wants it; but rows that are
+        split already, where that layer wants columns, have to be exchanged.
+        """
+        first, second = self.layer, after.layer
+        if (first.type, second.type) != ("GEMM", "GEMM"):
+            return []
+        rows = {*STRATEGIES[first.strategy].split_m}
+        next_rows = {*STRATEGIES[second.strategy].split_m}
+        network = settings.network
+        size = second.input_elements * settings.datatype_size
+        parts = math.prod(network[dimension] for dimension in rows | next_rows)
+        possible = [
+            Collective.over("ALLGATHER", size // parts, rows - next_rows, network),
+            Collective.over("ALLTOALL", size // settings.num_npus, next_rows - rows, network),
+        ]
+        return [collective for collective in possible if not collective.is_alone]
 
 
 class Plan:
     """What one NPU does in a training step: its layers, checks and totals."""
 
-    ASTRASIM_1_LIMIT = 4 * 2**31  # bytes; it counts a quarter of a collective in 31 bits
+    ASTRASIM_1_LIMIT = 4 * 2**31  # bytes; a quarter of a collective has to fit into its 32-bit int
 
     def __init__(self, layers: list[Layer], settings: Settings) -> None:
-        self.network = settings.network
+        self.settings = settings
         self.layers = [LayerPlan.of(layer, settings) for layer in layers]
 
     @property
@@ -1092,7 +1228,7 @@ class Plan:
 
     @property
     def gemms(self) -> dict[Gemm, Pass]:
-        """The distinct GEMMs, each with its first pass."""
+        """The distinct GEMMs, each with the first pass that has it."""
         gemms: dict[Gemm, Pass] = {}
         for layer_pass in self.passes:
             if isinstance(layer_pass.work, Gemm):
@@ -1108,7 +1244,12 @@ class Plan:
     def check(self) -> None:
         """Warn of whatever may surprise; UserError for a collective that ASTRA-sim can't run."""
         self.check_collectives()
-        self.check_shares()
+        self.warn_of_shares()
+        self.warn_of_convolutions()
+        self.warn_of_neighbours()
+
+    def warn_of_convolutions(self) -> None:
+        """Warn of images that are split, and of groups that are."""
         for layer_plan in self.layers:
             layer, dp = layer_plan.layer, layer_plan.dp
             if layer.minibatch is not None and layer.minibatch < dp:
@@ -1123,12 +1264,29 @@ class Plan:
                 advice = "cycles are approximate, collectives an upper bound"
                 warn(f"{layer.name}: {what}: {advice}")
                 break
+
+    def warn_of_neighbours(self) -> None:
+        """Warn of layers that do not fit together, and of siblings that may belong together."""
         unfitting = []
+        resharded = []
+        siblings = []
         for before, after in zip(self.layers, self.layers[1:]):
+            first, second = before.layer, after.layer
             problem = before.mismatch_with(after)
             if problem:
-                unfitting.append(f"{after.layer.where}: {problem}")
+                unfitting.append(f"{second.where}: {problem}")
+            lacking = []
+            for collective in before.resharding_before(after, self.settings):
+                lacking.append(f"an {collective.kind} of {collective.bytes:,} bytes")
+            if lacking:
+                pair = f"{first.name} ({first.strategy}) before {second.name} ({second.strategy})"
+                resharded.append(f"{second.where}: {pair} lacks {' and backward '.join(lacking)}")
+            if after.mp > 1 and after.reads_input_of(before):
+                siblings.append(f"{second.where}: {second.name} reads the input of {first.name}")
         warn_of_first(unfitting, ": no communication was added")
+        warn_of_first(resharded, ": no communication was added")
+        advice = "give such layers as one if the model fuses them"
+        warn_of_first(siblings, f", and reduces its gradient again: {advice}")
 
     def check_collectives(self) -> None:
         """Refuse a collective of 0 bytes; warn of those that simulators treat differently."""
@@ -1137,16 +1295,14 @@ class Plan:
         for layer_pass, collective in self.collectives:
             name = f"{layer_pass.layer.where}: the {collective.kind} of {layer_pass}"
             if collective.bytes == 0:
-                raise UserError(f"{name}, is 0 bytes; ASTRA-sim would stop without a message")
+                raise UserError(f"{name} is 0 bytes; ASTRA-sim would stop without a message")
             if collective.bytes < 4:
-                small.append(f"{name}, is {plural(collective.bytes, 'byte')}")
+                small.append(f"{name} is {plural(collective.bytes, 'byte')}")
             counted = collective.bytes
-            npus_in_package, packages = self.network
-            spans_both = npus_in_package > 1 and len(collective.dimensions) == 2
-            if collective.kind == "ALLGATHER" and spans_both:
-                counted *= packages  # as measured
+            if collective.kind == "ALLGATHER" and collective.within > 1:
+                counted *= collective.between  # as ASTRA-sim 1.0 was seen to do
             if counted >= self.ASTRASIM_1_LIMIT and not collective.is_alone:
-                large.append(f"{name}, is {collective.bytes:,} bytes")
+                large.append(f"{name} is {collective.bytes:,} bytes")
         warn_of_first(small, ": with fewer than 4 ASTRA-sim may never end")
         warn_of_first(large, ", too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
         alone = [collective for _, collective in self.collectives if collective.is_alone]
@@ -1154,7 +1310,7 @@ class Plan:
             what = f"{len(alone)} collectives have one member"
             warn(f"{what}: ASTRA-sim 1.0 skips them, Chakra's Text converter does not")
 
-    def check_shares(self) -> None:
+    def warn_of_shares(self) -> None:
         """Warn of sizes that are not divisible: one warning each, up to eight."""
         names_by_share: dict[Share, list[str]] = {}
         for layer_plan in self.layers:
@@ -1198,6 +1354,24 @@ class Plan:
             totals.setdefault(layer_pass.name, 0)
             totals[layer_pass.name] += clock.time(layer_pass.cycles)
         return totals
+
+    def equal_layers(self) -> list[tuple[LayerPlan, int]]:
+        """Return the first layer of each kind, and how many such layers there are anywhere."""
+        alike: dict[Layer, list[LayerPlan]] = {}
+        for layer_plan in self.layers:
+            kind = layer_plan.layer._replace(name="", where="")
+            alike.setdefault(kind, []).append(layer_plan)
+        return [(layer_plans[0], len(layer_plans)) for layer_plans in alike.values()]
+
+    @property
+    def sent_bytes(self) -> int:
+        """What one NPU sends in a training step."""
+        return sum(collective.sent_bytes for _, collective in self.collectives)
+
+    @property
+    def sent_between_packages(self) -> int:
+        """What of it leaves the package."""
+        return sum(collective.sent_between_packages for _, collective in self.collectives)
 
     def total_collectives(self) -> list[tuple[str, int, int]]:
         """Return kind, number and bytes of all collectives, without those of one member."""
@@ -1261,15 +1435,15 @@ class Accelerator(NamedTuple):
     has_chosen_bandwidth: bool  # not that of the built-in config
     counts_stalls: bool
     config_source: str  # for messages
-    config: str  # as the user wrote it
-    scalesim_config: str  # as SCALE-Sim gets it
+    given_config: str  # as the user wrote it
+    merged_config: str  # as SCALE-Sim gets it
 
     def stall_free_cycles(self, gemm: Gemm) -> int:
         """Return the cycles of a GEMM, as SCALE-Sim v2 and v3 count them without stalls.
 
         By Samajdar et al., "A Systematic Methodology for Characterizing Scalability of DNN
         Accelerators using SCALE-Sim" (ISPASS 2020): folds of the array's size are loaded, streamed
-        and drained.
+        and drained. SCALE-Sim reports the number of the last cycle, counted from 0.
         """
         along_rows, along_columns, streamed, load = {
             "os": (gemm.m, gemm.n, gemm.k, 0),
@@ -1284,9 +1458,8 @@ class Accelerator(NamedTuple):
         """Warn of lookups at a bandwidth that nobody chose."""
         for layer_plan in plan.layers:
             if layer_plan.layer.type == "EMBEDDING" and not self.has_chosen_bandwidth:
-                what = f"lookups are timed with {self.bandwidth} elements a cycle"
-                origin = "Bandwidth of the built-in config; --scalesim_config gives another"
-                warn(f"{layer_plan.layer.name}: {what}, {origin}")
+                what = f"lookups are timed at {self.bandwidth} elements a cycle, the built-in"
+                warn(f"{layer_plan.layer.name}: {what} Bandwidth; --scalesim_config gives another")
 
 
 class Config:
@@ -1294,7 +1467,7 @@ class Config:
 
     # Switches that have to be off, and why.
     REFUSED_MODES = (
-        ("sparsity", "SparsitySupport", "it would prune the output gradient, which is dense"),
+        ("sparsity", "SparsitySupport", "it would prune gradients too, which are dense"),
         ("layout", "IfmapCustomLayout", "the layout is a file for one GEMM"),
         ("layout", "FilterCustomLayout", "the layout is a file for one GEMM"),
         ("run_presets", "UseRamulatorTrace", "the traces are files for one GEMM"),
@@ -1304,11 +1477,12 @@ class Config:
         self.source = source  # for messages
         self.text = text  # as the user wrote it
         self.spellings: dict[str, str] = {}  # of keys, which are in lower case elsewhere
-        self.merged = self.parsed(BUILT_IN_CONFIG)  # below: with what is given
+        built_in = self.parsed(BUILT_IN_CONFIG)
         self.given = self.parsed(text)
-        self.check_keys({key: name for name in self.merged.sections() for key in self.merged[name]})
+        self.check_keys(built_in)
+        self.merged = built_in
         self.merged.read_dict(self.given)
-        self.merged["general"] = {"run_name": "gemm"}  # SCALE-Sim passes it to a shell
+        self.merged["general"]["run_name"] = "gemm"  # SCALE-Sim passes it to a shell
         self.merged.remove_section("network_presets")  # SCALE-Sim 3.0.0 stops at it
 
     @classmethod
@@ -1316,13 +1490,10 @@ class Config:
         """Return the config in a file; without a path, the built-in one."""
         if not path:
             return cls("the built-in config", BUILT_IN_CONFIG)
-        try:
-            return cls(str(path), path.read_bytes().decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: {error}, expected a SCALE-Sim config") from None
+        return cls(str(path), read_text(path, "a SCALE-Sim config"))
 
     def parsed(self, text: str) -> configparser.ConfigParser:
-        """Return a config's sections, of which none stands for all others."""
+        """Return the sections of a config, none of which is a default for the others."""
 
         def in_lower_case(key: str) -> str:
             return self.spellings.setdefault(key.lower(), key).lower()
@@ -1335,24 +1506,28 @@ class Config:
             raise UserError(f"{self.source}: {error}, expected a SCALE-Sim config") from None
         return config
 
-    def check_keys(self, sections: dict[str, str]) -> None:
-        """Refuse keys in another than their section; warn of those that have none here."""
+    def check_keys(self, built_in: configparser.ConfigParser) -> None:
+        """Refuse keys in the wrong section; warn of those that the built-in config lacks."""
+        section_of = {}
+        for section in built_in.sections():
+            for key in built_in[section]:
+                section_of[key] = section
         unknown = []
         for section in self.given.sections():
             for key in self.given[section]:
                 name = self.spellings[key]
-                if key in sections and sections[key] != section:
-                    where = f"belongs in [{sections[key]}], not [{section}]"
+                if key in section_of and section_of[key] != section:
+                    where = f"belongs in [{section_of[key]}], not [{section}]"
                     raise UserError(f"{self.source}: {name} {where}")
-                if key in sections or section == "network_presets":
+                if key in section_of or section == "network_presets":
                     continue
-                near = difflib.get_close_matches(key, sections, 1, cutoff=0.8)
+                near = difflib.get_close_matches(key, section_of, 1, cutoff=0.8)
                 if near:
                     name += f" (did you mean {self.spellings[near[0]]}?)"
                 unknown.append(f"[{section}] {name}")
         if unknown:
             what = f"keys unknown here are passed on to SCALE-Sim: {', '.join(unknown)}"
-            warn(f"{self.source}: {what}; of its results only cycles are used")
+            warn(f"{self.source}: {what}; only cycles are read from its results")
 
     def accelerator(self) -> Accelerator:
         """Return the accelerator that it describes; UserError if it can't be used."""
@@ -1369,8 +1544,8 @@ class Config:
             has_chosen_bandwidth=is_given and self.text != BUILT_IN_CONFIG,
             counts_stalls=self.counts_stalls,
             config_source=self.source,
-            config=self.text,
-            scalesim_config=self.text_with_banks(bandwidth),
+            given_config=self.text,
+            merged_config=self.merged_text(bandwidth),
         )
 
     @property
@@ -1405,8 +1580,10 @@ class Config:
             if not self.given.has_option("architecture_presets", key):
                 expected = "expected one, as it decides the cycles"
                 raise UserError(f"{self.source}: no {key} in [architecture_presets], {expected}")
-        for key in (*sizes, "Bandwidth"):  # which is that of lookups as well
-            numbers = presets[key].split(",") if key == "Bandwidth" else [presets[key]]
+        for key in (*sizes, "Bandwidth"):  # with CALC that of lookups
+            numbers = [presets[key]]
+            if key == "Bandwidth":
+                numbers = presets[key].split(",")  # SCALE-Sim reads one for each operand
             for number in numbers:
                 if not whole_number(number.strip()):
                     what = f"{key} is {quoted(presets[key])}"
@@ -1415,8 +1592,8 @@ class Config:
             what = f"Dataflow is {quoted(presets['Dataflow'])}"
             raise UserError(f"{self.source}: {what}, expected os, ws or is")
 
-    def text_with_banks(self, bandwidth: int) -> str:
-        """Return the config as SCALE-Sim gets it.
+    def merged_text(self, bandwidth: int) -> str:
+        """Return the config as SCALE-Sim gets it, with banks that fit its bandwidth.
 
         With USER SCALE-Sim v3 reads operands at the bandwidth of the layout's banks, v2 at
         `Bandwidth`. So where no banks are given there is one, with all the bandwidth.
@@ -1485,8 +1662,8 @@ class Task(NamedTuple):
     """A distinct GEMM to simulate, with estimates."""
 
     gemm: Gemm
-    first_use: str  # for messages
-    cycles: int
+    first_use: str  # a pass, for messages
+    cycles: int  # without stalls
     memory: int  # peak bytes
     seconds: float
 
@@ -1500,7 +1677,11 @@ class Simulation(NamedTuple):
 
 
 def run_scalesim(version: str, folder: str) -> None:
-    """Run the SCALE-Sim in a folder on ./gemm.csv, in a process of its own."""
+    """Run the SCALE-Sim in a folder on ./gemm.csv, in a process of its own.
+
+    That process gets the source of this function, which is why it only uses what is imported in
+    ScaleSim.program: a Dask worker does not have this script.
+    """
 
     def follow_parent(work_folder: Path) -> None:
         os.read(0, 1)  # returns when the parent closes this stdin, or is gone
@@ -1550,7 +1731,6 @@ class ScaleSim:
     def __init__(self, path: Path | None, accelerator: Accelerator) -> None:
         self.path = path
         self.accelerator = accelerator
-        # As text, since a Dask worker does not have this script.
         self.program = (
             "import gc, inspect, os, runpy, shutil, sys, threading\n"
             "from pathlib import Path\n"
@@ -1573,7 +1753,7 @@ class ScaleSim:
         code = {}
         for file in code_files:
             code[str(file.relative_to(self.folder))] = file.read_text("utf-8", "replace")
-        results_depend_on = json.dumps([code, accelerator.scalesim_config], sort_keys=True)
+        results_depend_on = json.dumps([code, accelerator.merged_config], sort_keys=True)
         self.digest = hashlib.sha256(results_depend_on.encode()).hexdigest()[:32]
 
     @staticmethod
@@ -1585,6 +1765,7 @@ class ScaleSim:
         elif spec := importlib.util.find_spec("scalesim"):
             places = [Path(place) for place in spec.submodule_search_locations or []]
         for place in places:
+            # Its files are imported as scalesim.x.
             if place.name == "scalesim" and (place / "scale_sim.py").is_file():
                 return place.absolute()
         expected = "expected scale.py and run_nets.py, or scalesim/"
@@ -1593,8 +1774,8 @@ class ScaleSim:
     def task(self, gemm: Gemm, first_use: str) -> Task:
         """Return a GEMM with estimates of its simulation.
 
-        Fitted to runs of v2 and v3 on arrays from 4 x 4 to 256 x 256: 61 took 0.76 to 1 times these
-        bytes, 146 took 0.8 to 1.5 times these seconds.
+        Fitted to runs of v2 and v3 on arrays from 4 x 4 to 256 x 256. In 61 runs the memory was
+        0.76 to 1 of its estimate, in 146 runs the time was 0.8 to 1.5 of its.
         """
         rows, columns = self.accelerator.rows, self.accelerator.columns
         cycles = self.accelerator.stall_free_cycles(gemm)
@@ -1616,10 +1797,15 @@ class ScaleSim:
             raise UserError(f"{what} is not the one that this run began with")
         return here.folder
 
-    def simulate(self, gemm: Gemm, stdin: int = subprocess.PIPE) -> Simulation:
-        """Simulate a GEMM, until it is finished or `stdin`, a pipe, is closed."""
+    def simulate(
+        self,
+        gemm: Gemm,
+        stdin: int = subprocess.PIPE,
+        on_start: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+    ) -> Simulation:
+        """Simulate a GEMM in a process group, which ends by itself once `stdin` is closed."""
         inputs = {
-            "gemm.cfg": self.accelerator.scalesim_config,
+            "gemm.cfg": self.accelerator.merged_config,
             "gemm.csv": topology([("gemm", gemm)]),
             "layout.csv": self.LAYOUT,
         }
@@ -1642,6 +1828,7 @@ class ScaleSim:
                     start_new_session=True,  # a terminal's Ctrl-C is for this process alone
                 ) as process,
             ):
+                on_start(process)
                 status = process.wait()
             files = {}
             for report in folder.rglob(self.report_name):
@@ -1655,7 +1842,7 @@ class ScaleSim:
         return Simulation(status, files, cycles)
 
     def reported_cycles(self, files: dict[str, str]) -> int | None:
-        """Return the cycles in the report among these files; None if it is missing or torn."""
+        """Return the cycles in the report among these files; None if it is missing or cut off."""
         report = files.get(self.report_name, "")
         if not report.endswith("\n"):
             return None
@@ -1709,7 +1896,10 @@ class Cache:
         if not self.folder:
             return None
         try:
-            entry = json.loads((self.folder / f"{gemm}.json").read_bytes())
+            path = self.folder / f"{gemm}.json"
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return None  # reading a pipe would not end
+            entry = json.loads(path.read_bytes())
             files = entry["files"]
             "".join(files.values()).encode()  # fails where it is no text
             if entry["gemm"] != str(gemm):
@@ -1730,7 +1920,8 @@ class Cache:
             return
         entry = json.dumps({"gemm": str(gemm), "files": simulation.files})
         try:
-            write_files(self.folder, {f"{gemm}.json": entry})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(self.folder / f"{gemm}.json", entry.encode())
         except OSError as error:
             warn(f"can't cache in {self.folder}: {error.strerror}; going on without")
             self.folder = None
@@ -1751,7 +1942,7 @@ class Machine:
                     self.groups = [innermost, *innermost.parents]
 
     def cpus(self) -> int:
-        """Return how many CPUs they may keep busy."""
+        """Return how many CPUs new processes may keep busy."""
         cpus = os.cpu_count() or 1
         if sys.platform != "darwin":
             cpus = len(os.sched_getaffinity(0))
@@ -1763,7 +1954,7 @@ class Machine:
         return max(1, cpus)
 
     def memory(self) -> float:
-        """Return how many bytes they may fill."""
+        """Return how many bytes of memory new processes may fill."""
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with suppress(OSError):
             words = Path("/proc/meminfo").read_text().split()
@@ -1807,10 +1998,17 @@ class Pool(ABC):
 
     @abstractmethod
     def started(self) -> AbstractContextManager[Submit]:
-        """Give a function that simulates; at the end, end what still runs."""
+        """Give a function that starts a simulation; at the end stop those that still run."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError if simulations that run can't end any more; called each second."""
 
     def run(self, tasks: list[Task]) -> Generator[Round, None, None]:
-        """Simulate, the first that fits first; yield, each second, what runs and is finished."""
+        """Simulate tasks in their order, as memory allows.
+
+        Yield at least once a second what runs and what has finished since the last time.
+        """
         waiting = [*tasks]
         running: dict[Task, Future[Simulation]] = {}
         free = self.memory
@@ -1825,6 +2023,7 @@ class Pool(ABC):
                     running[task] = submit(task)
                     free -= task.memory
                     continue
+                self.check()
                 done = wait(running.values(), timeout=1, return_when=FIRST_COMPLETED).done
                 finished = {}
                 for task, future in list(running.items()):
@@ -1847,7 +2046,7 @@ class Pool(ABC):
         warn(f"{problem}; it may be killed, try --cycle_model=analytical")
 
     def time_range(self, tasks: list[Task]) -> str:
-        """Return how long simulations take, which slow each other down."""
+        """Return how long simulations take. They slow each other down, so it is a wide range."""
         slots = min(self.slots, len(tasks))
         if self.memory < math.inf:
             largest = max(task.memory for task in tasks)
@@ -1865,7 +2064,7 @@ class Pool(ABC):
         if self.memory < math.inf:
             need += f", {gigabytes(self.memory)} free"
         if largest.memory > self.memory:
-            need += f": GEMM {largest.gemm} ({largest.first_use}) would be killed"
+            need += f": too much for GEMM {largest.gemm} ({largest.first_use})"
         return [need, f"time with {self.title}: {self.time_range(tasks)} estimated"]
 
 
@@ -1879,27 +2078,80 @@ class LocalPool(Pool):
 
     @contextmanager
     def started(self) -> Iterator[Submit]:
-        """Give a function that simulates here."""
+        """Give a function that starts a simulation here; at the end kill those that still run.
+
+        A process is killed with its group, as it may have started others. It also ends by itself
+        once its stdin is closed, but not while it runs no Python; that is for when this script is
+        killed.
+        """
         their_end, our_end = os.pipe()
         threads = ThreadPoolExecutor(self.slots)
+        processes: list[subprocess.Popen[bytes]] = []
+        lock = threading.Lock()
+        is_over = False
+
+        def on_start(process: subprocess.Popen[bytes]) -> None:
+            with lock:
+                processes.append(process)
+                if is_over:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+        def simulate(task: Task) -> Simulation:
+            return self.scalesim.simulate(task.gemm, their_end, on_start)
+
         try:
-            yield lambda task: threads.submit(self.scalesim.simulate, task.gemm, their_end)
+            yield lambda task: threads.submit(simulate, task)
         finally:
-            os.close(our_end)  # at which every SCALE-Sim process ends
+            with lock:
+                is_over = True
+                for process in processes:
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+            os.close(our_end)
             threads.shutdown(cancel_futures=True)
             os.close(their_end)
+
+    def check(self) -> None:
+        """Do nothing: the end of a process here is always seen."""
 
 
 class DaskPool(Pool):
     """A pool on a Dask cluster, whose workers see to their own memory."""
 
+    ANSWER_SECONDS = 60
+
     def __init__(self, scalesim: ScaleSim, address: str) -> None:
         super().__init__(scalesim, sys.maxsize, math.inf, "a Dask worker for each GEMM")
         self.address = address
+        self.flag = f"--dask_scheduler={address}"
+        self.client: Any = None  # distributed.Client
+        self.next_look = 0.0  # at the workers, in monotonic seconds
+
+    def bounded(self, call: Callable[[], Any], what: str) -> Any:
+        """Return what a call to Dask returns; UserError if it fails, or does not return in time.
+
+        Dask's own time-outs do not reach each wait for a server that says nothing.
+        """
+        answer: Future[Any] = Future()
+
+        def answer_by_call() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # whatever Dask makes of an address
+                answer.set_exception(error)
+
+        threading.Thread(target=answer_by_call, daemon=True).start()
+        try:
+            return answer.result(self.ANSWER_SECONDS)
+        except FutureTimeout:
+            problem = f"no answer in {self.ANSWER_SECONDS} s"
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+        raise UserError(f"{self.flag} {what}: {problem}")
 
     @contextmanager
     def started(self) -> Iterator[Submit]:
-        """Give a function that simulates on a worker."""
+        """Give a function that starts a simulation on a worker."""
 
         def on_worker(scalesim: ScaleSim, gemm: Gemm) -> Simulation:
             try:
@@ -1911,28 +2163,51 @@ class DaskPool(Pool):
         try:
             from distributed import Client, KilledWorker
             from distributed.comm import CommClosedError
+        except ImportError as error:
+            raise UserError(f"{self.flag} needs Dask: {error}") from None
 
-            Client.__del__ = lambda _: None  # it would try for 40 s to end what never began
-            client = Client(self.address, timeout=20, set_as_default=False)
-        except Exception as error:  # no Dask, or whatever it makes of an address
-            what = f"--dask_scheduler={self.address} can't be reached"
-            raise UserError(f"{what}: {error}") from None
-        with client:
-            workers = client.get_executor(pure=False)
-            if not client.nthreads():
-                warn(f"the Dask scheduler at {self.address} has no workers yet")
+        def connect() -> Any:
+            return Client(self.address, timeout=20, set_as_default=False)
 
-            def submit(task: Task) -> Any:
-                priority = min(task.cycles, 2**62)  # Dask sends 64 bits
-                return workers.submit(on_worker, self.scalesim, task.gemm, priority=priority)
+        Client.__del__ = lambda _: None  # it would try for 40 s to end what never began
+        warnings.filterwarnings("ignore", module="distributed")
+        self.client = self.bounded(connect, "can't be reached")
+        self.check()
+        workers = self.client.get_executor(pure=False)
 
-            try:
-                yield submit
-            except (KilledWorker, CommClosedError, CancelledError) as error:
-                what = f"--dask_scheduler={self.address} lost a simulation"
-                raise UserError(f"{what}: {error!r}") from None
-            finally:
-                workers.shutdown(wait=False)
+        def submit(task: Task) -> Any:
+            priority = min(task.cycles, 2**62)  # Dask sends 64 bits
+            return workers.submit(on_worker, self.scalesim, task.gemm, priority=priority)
+
+        try:
+            yield submit
+        except (KilledWorker, CommClosedError, CancelledError) as error:
+            raise UserError(f"{self.flag} lost a simulation: {error!r}") from None
+        finally:
+            workers.shutdown(wait=False)
+            with suppress(UserError):
+                self.bounded(self.client.close, "can't be closed")
+
+    def check(self) -> None:
+        """Raise UserError if the scheduler is gone; each minute look whether there are workers.
+
+        Those with another Python can't read what is sent, end, and perhaps come again.
+        """
+        if self.client.status != "running":
+            raise UserError(f"{self.flag} has ended or lost the connection")
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + 60
+        workers = self.bounded(self.client.get_versions, "does not answer")["workers"]
+        here = platform.python_version_tuple()[:2]
+        for worker, versions in workers.items():
+            python = versions["host"]["python"]
+            if tuple(python.split(".")[:2]) != here:
+                expected = f"expected {'.'.join(here)} as here"
+                raise UserError(f"Dask worker {worker} has Python {python}, {expected}")
+        if not workers:
+            what = f"the Dask scheduler at {self.address} has no workers"
+            say("waiting", f"{what}; they need Python {'.'.join(here)}")
 
 
 class Progress:
@@ -1945,31 +2220,29 @@ class Progress:
         memory = gigabytes(max(task.memory for task in tasks))
         what = f"{plural(self.number, 'GEMM')}, {time_range}"
         say("simulating", f"{what}, up to {memory} of memory each")
-        layout = "GEMM {desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
         self.bar = tqdm(
-            desc=f"1/{self.number}",
+            desc=self.done(0),
             total=sum(task.seconds for task in tasks),
-            bar_format=f"{layout} of {time_range}{{postfix}}",
-            smoothing=0,
+            bar_format=f"{{desc}} |{{bar}}| {{elapsed}} of {time_range}",
             disable=None,  # where stderr is no terminal
+            dynamic_ncols=True,
             leave=False,
         )
 
+    def done(self, running: int) -> str:
+        """Return how many GEMMs are finished, and how many run."""
+        return f"{self.finished} of {plural(self.number, 'GEMM')}, {running} running"
+
     def show(self, running: list[Task], finished: Iterable[Task]) -> None:
-        """Say what runs, and what has finished since the last call."""
+        """Show what has finished since the last call, what runs, and the time."""
         for task in finished:
             self.finished += 1
             self.bar.update(task.seconds)
-        self.bar.set_description_str(f"{self.finished + len(running)}/{self.number}")
-        longest = ""
-        if running:
-            longest = f"{running[0].gemm}, {running[0].first_use}"
-        self.bar.set_postfix_str(longest)
+        self.bar.set_description_str(self.done(len(running)))
         now = time.monotonic()
         if self.bar.disable and now > self.last_line + 60:
             self.last_line = now
-            done = f"{self.finished} of {self.number} GEMMs are finished"
-            say("simulating", f"{done} after {duration(now - self.started)}")
+            say("simulating", f"{self.done(len(running))} after {duration(now - self.started)}")
 
 
 # --- The simulated model, and the table of models
@@ -1984,9 +2257,11 @@ class SimulatedModel(CycleModel):
         self.cache = Cache(settings.cache_dir, self.scalesim)
         self.version = self.scalesim.version
         self.title = f"SCALE-Sim v{self.version}"
-        self.pool: Pool = LocalPool(self.scalesim, settings.jobs)
+        self.pool: Pool
         if settings.dask_scheduler:
             self.pool = DaskPool(self.scalesim, settings.dask_scheduler)
+        else:
+            self.pool = LocalPool(self.scalesim, settings.jobs)
 
     def cycles(self, plan: Plan) -> Timing:
         """Return the cycles of each GEMM; UserError if SCALE-Sim fails."""
@@ -1994,7 +2269,7 @@ class SimulatedModel(CycleModel):
         source = f"{len(new)} simulated, {len(cached)} from the cache"
         cycles = {}
         for task, simulation in cached.items():
-            cycles[task.gemm] = self.with_reports(task, simulation)
+            cycles[task.gemm] = self.save_reports(task, simulation)
         if new:
             cycles.update(self.simulated(new))
         return Timing(cycles, source)
@@ -2014,7 +2289,7 @@ class SimulatedModel(CycleModel):
         """Return each distinct GEMM with estimates of its simulation, the longest first."""
         tasks = []
         for gemm, layer_pass in plan.gemms.items():
-            tasks.append(self.scalesim.task(gemm, first_use=f"layer {layer_pass}"))
+            tasks.append(self.scalesim.task(gemm, first_use=str(layer_pass)))
         return sorted(tasks, key=lambda task: -task.cycles)
 
     def cached_and_new(self, tasks: list[Task]) -> tuple[dict[Task, Simulation], list[Task]]:
@@ -2039,15 +2314,17 @@ class SimulatedModel(CycleModel):
                 for running, finished in rounds:
                     for task, simulation in finished.items():
                         self.cache.store(task.gemm, simulation)
-                        cycles[task.gemm] = self.with_reports(task, simulation)
+                        cycles[task.gemm] = self.save_reports(task, simulation)
                     progress.show(running, finished)
         except KeyboardInterrupt:
-            place = f"cached in {self.cache.folder}" if self.cache.folder else "not cached"
-            say("interrupted", f"{len(cycles)} of {len(tasks)} GEMMs are finished, {place}")
+            done = f"{len(cycles)} of {plural(len(tasks), 'GEMM')} finished"
+            if self.cache.folder:
+                done += f" and cached in {self.cache.folder}: run the same command to go on"
+            say("interrupted", done)
             raise
         return cycles
 
-    def with_reports(self, task: Task, simulation: Simulation) -> int:
+    def save_reports(self, task: Task, simulation: Simulation) -> int:
         """Write a simulation's reports, even of one that failed; return its cycles."""
         folder = self.run_folder / f"gemm_{task.gemm}"
         write_files(folder, simulation.files)
@@ -2129,18 +2406,18 @@ class Chakra:
         except ImportError:
             raise UserError("--chakra_et needs protobuf: pip install -r requirements.txt") from None
 
-        # Chakra's are proto3; proto2 writes a value that is set also where it is 0, as in their
-        # oneof.
+        # Chakra's are proto3 with the values in a oneof, which is written even where it is 0. In
+        # proto2 every value that is set is written.
         schema = descriptor_pb2.FileDescriptorProto(name="chakra.proto", syntax="proto2")
         for message, fields in self.MESSAGES.items():
             declared = schema.message_type.add(name=message)
             for name, number, kind, is_repeated in fields:
-                field = declared.field.add(name=name, number=number)
-                field.label = field.LABEL_REPEATED if is_repeated else field.LABEL_OPTIONAL
+                member = declared.field.add(name=name, number=number)
+                member.label = member.LABEL_REPEATED if is_repeated else member.LABEL_OPTIONAL
                 if kind in self.MESSAGES:
-                    field.type_name = kind
+                    member.type_name = kind
                 else:
-                    field.type = field.Type.Value(f"TYPE_{kind.upper()}")
+                    member.type = member.Type.Value(f"TYPE_{kind.upper()}")
         messages: dict[str, Any] = message_factory.GetMessages([schema])
         self.metadata = messages["GlobalMetadata"]
         self.node = messages["Node"]
@@ -2162,17 +2439,7 @@ class Trace:
 
     def contents(self, plan: Plan) -> bytes:
         """Return the trace of all training steps."""
-        layers = [*plan.layers]
-        if self.parallel != DLRM:
-            # As in ASTRA-sim 1.0 nothing follows the first layer's input gradient, and with DATA it
-            # is not computed either.
-            passes = {**layers[0].passes}
-            gradient = copy.copy(passes.pop("input gradient"))
-            gradient.after = []
-            if self.parallel != "DATA":
-                passes[gradient.name] = gradient
-            layers[0] = layers[0]._replace(passes=passes)
-
+        layers = plan.layers
         updated: list[Nodes] = [[] for _ in layers]  # what a layer's next step waits for
         for _ in range(self.num_passes):
             if self.parallel == DLRM:
@@ -2184,7 +2451,7 @@ class Trace:
     def step(self, layers: list[LayerPlan], updated: list[Nodes]) -> list[Nodes]:
         """Add a training step; return what the next step's layers wait for."""
         forward_done = self.forward(layers, updated, [])
-        _, now_updated = self.backward(layers, forward_done)
+        _, now_updated = self.backward(layers, forward_done, first=layers[0])
         return now_updated
 
     def dlrm_step(
@@ -2192,79 +2459,87 @@ class Trace:
     ) -> list[Nodes]:
         """Add a training step of a DLRM; return what the next step's layers wait for.
 
-        The embedding's ALLTOALLs run beside the bottom MLP, forward and backward.
+        The embedding's ALLTOALLs run beside the bottom MLP, forward and backward. As in ASTRA-sim
+        1.0 the first layer of the bottom MLP computes an input gradient too.
         """
         bottom, embedding, top = layers[:position], layers[position], layers[position + 1 :]
-        looked_up, exchanged = self.add_pass(embedding, "forward", updated[position])
+        looked_up, exchanged = self.add_pass(embedding.passes["forward"], updated[position])
         bottom_done = self.forward(bottom, updated[:position], looked_up)
         top_done = self.forward(top, updated[position + 1 :], bottom_done + exchanged)
 
         top_back, top_updated = self.backward(top, top_done)
-        _, returned = self.add_pass(embedding, "input gradient", top_back)
+        _, returned = self.add_pass(embedding.passes["input gradient"], top_back)
         bottom_back, bottom_updated = self.backward(bottom, top_back)
-        _, tables_updated = self.add_pass(embedding, "weight gradient", bottom_back + returned)
+        update = embedding.passes["weight gradient"]
+        tables_updated, _ = self.add_pass(update, bottom_back + returned)
         return [*bottom_updated, tables_updated, *top_updated]
 
-    def forward(self, layers: list[LayerPlan], updated: list[Nodes], before: Nodes) -> Nodes:
+    def forward(self, layers: list[LayerPlan], updated: list[Nodes], waits_for: Nodes) -> Nodes:
         """Add the forward pass of layers; return the nodes that end it."""
         for layer_plan, layer_updated in zip(layers, updated):
-            _, before = self.add_pass(layer_plan, "forward", before + layer_updated)
-        return before
+            layer_pass = layer_plan.passes["forward"]
+            _, waits_for = self.add_pass(layer_pass, waits_for + layer_updated)
+        return waits_for
 
-    def backward(self, layers: list[LayerPlan], before: Nodes) -> tuple[Nodes, list[Nodes]]:
+    def backward(
+        self, layers: list[LayerPlan], waits_for: Nodes, first: LayerPlan | None = None
+    ) -> tuple[Nodes, list[Nodes]]:
         """Add the backward pass of layers; return the nodes that end it and each layer's update.
 
         With DATA, and in a DLRM, the weight gradient comes first; its collective runs beside all
-        that follows. Elsewhere the input gradient comes first; its collective runs beside the
-        weight gradient.
+        that follows. Otherwise the input gradient comes first; its collective runs beside the
+        weight gradient. As in ASTRA-sim 1.0 nothing follows the input gradient of the first layer
+        of a network, and with DATA it is not computed either.
         """
         gradients = ["input gradient", "weight gradient"]
         if self.parallel in ("DATA", DLRM):
             gradients.reverse()
         updated: list[Nodes] = []
         for layer_plan in reversed(layers):
-            ended = {}
-            computed = before
+            ended = {"input gradient": waits_for}
+            computed = waits_for
             for name in gradients:
-                computed, ended[name] = self.add_pass(layer_plan, name, computed)
+                layer_pass = layer_plan.passes[name]
+                if layer_plan is first and name == "input gradient":
+                    if self.parallel == "DATA":
+                        continue
+                    layer_pass = layer_pass.without_end()
+                computed, ended[name] = self.add_pass(layer_pass, computed)
             updated.insert(0, ended["weight gradient"])
-            before = ended["input gradient"] + computed
-        return before, updated
+            waits_for = ended["input gradient"] + computed
+        return waits_for, updated
 
-    def add_pass(self, layer_plan: LayerPlan, name: str, after: Nodes) -> tuple[Nodes, Nodes]:
-        """Add a pass, if it runs; return the nodes that end its computing, and all of it."""
-        layer_pass = layer_plan.passes.get(name)
-        if not layer_pass:
-            return after, after
-        prepared = self.communicate(layer_pass, layer_pass.before, after)
+    def add_pass(self, layer_pass: Pass, waits_for: Nodes) -> tuple[Nodes, Nodes]:
+        """Add a pass; return the nodes that end its computing, and all of it."""
+        prepared = self.communicate(layer_pass, layer_pass.before, waits_for)
         computed = self.compute(layer_pass, prepared)
         return computed, self.communicate(layer_pass, layer_pass.after, computed)
 
-    def compute(self, layer_pass: Pass, after: Nodes) -> Nodes:
+    def compute(self, layer_pass: Pass, waits_for: Nodes) -> Nodes:
         """Add the computing of a pass, if it takes time; return the nodes that end with it."""
         if layer_pass.cycles == 0:
-            return after
+            return waits_for
         return self.add(
             layer_pass,
             f"{layer_pass.layer.name} {layer_pass.name}",
-            after,
+            waits_for,
             type=Chakra.COMP_NODE,
             duration_micros=self.clock.time(layer_pass.cycles),
             attr=[Chakra.NOT_ON_CPU],
         )
 
     def communicate(
-        self, layer_pass: Pass, collectives: Sequence[Collective], after: Nodes
+        self, layer_pass: Pass, collectives: list[Collective], waits_for: Nodes
     ) -> Nodes:
         """Add collectives of a pass, one after the other; return the nodes that end with them."""
-        ended = after
+        ended = waits_for
         for collective in collectives:
             if collective.is_alone:
                 continue  # ASTRA-sim ends silently at a collective of one member
             involved = []
-            for dimension, size in enumerate(self.network):
-                if size > 1:  # the network has no dimension of one
-                    involved.append(dimension in collective.dimensions)
+            for npus, members in zip(self.network, (collective.within, collective.between)):
+                if npus > 1:  # the network has no dimension of one
+                    involved.append(members > 1)
             ended = self.add(
                 layer_pass,
                 f"{layer_pass.layer.name} {layer_pass.name} {collective.kind}",
@@ -2279,13 +2554,13 @@ class Trace:
             )
         return ended
 
-    def add(self, layer_pass: Pass, name: str, after: Nodes, **fields: Any) -> Nodes:
+    def add(self, layer_pass: Pass, name: str, waits_for: Nodes, **fields: Any) -> Nodes:
         """Write a node that starts after others; return it, for later nodes to wait for."""
-        dependencies = dict.fromkeys(after)  # ASTRA-sim stops at one that is listed twice
+        dependencies = dict.fromkeys(waits_for)  # ASTRA-sim stops at one that is listed twice
         try:
             node = self.chakra.node(id=self.next_id, name=name, data_deps=dependencies, **fields)
         except ValueError:
-            what = f"{layer_pass.layer.where}: {layer_pass}"
+            what = f"{layer_pass.layer.where}: {layer_pass} in a trace"
             raise UserError(f"{what}: value exceeds 64 bits") from None
         self.next_id += 1
         self.chakra.write(node, self.stream)
@@ -2308,6 +2583,40 @@ def aligned(lines: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
 class Report:
     """A plan for people: the printed table, the files of the run folder, the summary's row."""
 
+    SUMMARY = (
+        "mnk",
+        "parallel",
+        "num_npus",
+        "num_packages",
+        "datatype_size",
+        "minibatch",
+        "cycle_model",
+        "time_unit",
+        "clock_mhz",
+        "compute_forward",
+        "compute_input_gradient",
+        "compute_weight_gradient",
+        "compute_all",
+        "allgather_count",
+        "allgather_bytes",
+        "reducescatter_count",
+        "reducescatter_bytes",
+        "allreduce_count",
+        "allreduce_bytes",
+        "alltoall_count",
+        "alltoall_bytes",
+        "sent_bytes",
+        "sent_within_package",
+        "sent_between_packages",
+        "distinct_gemms",
+        "output_file",
+        "run_name",
+        "shard_rounding",
+        "scalesim_version",
+        "array",
+        "dataflow",
+    )
+
     def __init__(
         self, settings: Settings, plan: Plan, accelerator: Accelerator, model: CycleModel
     ) -> None:
@@ -2316,37 +2625,67 @@ class Report:
         self.accelerator = accelerator
         self.model = model
 
+    def title(self) -> list[str]:
+        """Return a line about the system, and one about the accelerator."""
+        settings, accelerator = self.settings, self.accelerator
+        system = f"{settings.parallel} on {plural(settings.num_npus, 'NPU')}"
+        system += f" in {plural(settings.num_packages, 'package')}"
+        degrees = {(layer_plan.dp, layer_plan.mp) for layer_plan in self.plan.layers}
+        if len(degrees) == 1:
+            dp, mp = degrees.pop()
+            system += f", dp {dp} x mp {mp}"
+        array = f"{accelerator.rows} x {accelerator.columns} array, {accelerator.dataflow}"
+        array += f", {self.model.title}"
+        if settings.clock_mhz:
+            array += f", {settings.clock_mhz:g} MHz"
+        return [system, array]
+
     def printed(self) -> list[str]:
         """Return what one NPU does in each layer, and in a training step."""
         clock = self.settings.text_clock
-        columns = [("layer", "<"), ("pass", "<"), ("GEMM of one NPU", ">"), ("cycles", ">")]
+        columns = [("layer and pass", "<"), ("GEMM of one NPU", ">"), ("cycles", ">")]
         if clock.unit != "cycles":
             columns.append((clock.unit, ">"))
         columns += [("collective", "<"), ("bytes", ">")]
-        lines = [[title for title, _ in columns]]
-        alike: dict[Layer, list[LayerPlan]] = {}  # equal layers are printed once
-        for layer_plan in self.plan.layers:
-            kind = layer_plan.layer._replace(name="", where="")
-            alike.setdefault(kind, []).append(layer_plan)
-        for first, *others in alike.values():
+        rows = [[title for title, _ in columns]]
+        labels: dict[int, str] = {}  # of layers, above the rows with these indices
+        for first, number in self.plan.equal_layers():
             label = first.layer.name
-            if others:
-                label += f" × {len(others) + 1}"
+            if number > 1:
+                label += f" × {number}"
             if first.uneven_shares:
                 label += " *"
-            labels = [label]
             if self.settings.parallel == CUSTOMIZED:
-                labels.append(f"  {first.layer.strategy}")
-            rows = []
+                label += f", {first.layer.strategy}"
+            labels[len(rows)] = label
             for layer_pass in first.passes.values():
                 rows += self.printed_pass(layer_pass)
-            labels += [""] * len(rows)
-            for text, row in zip(labels, rows):
-                lines.append([text, *row])
-        table = aligned(lines, [side for _, side in columns])
+        table = []
+        for index, line in enumerate(aligned(rows, [side for _, side in columns])):
+            if index in labels:
+                table.append(labels[index])
+            table.append(line)
         if any(layer_plan.uneven_shares for layer_plan in self.plan.layers):
             table.append("* a size is not divisible: NPUs have different shares")
-        return [self.title(), *table, *self.printed_totals()]
+        return [*self.title(), *table, *self.printed_totals()]
+
+    def printed_pass(self, layer_pass: Pass) -> list[list[str]]:
+        """Return the rows of a pass: one for each collective, the first with all else."""
+        work = str(layer_pass.work)
+        if layer_pass.count > 1:
+            work = f"{layer_pass.count:,} × {work}"
+        cells = [f"  {PASSES[layer_pass.name].printed}", work, f"{layer_pass.cycles:,}"]
+        clock = self.settings.text_clock
+        if clock.unit != "cycles":
+            cells.append(f"{clock.time(layer_pass.cycles):,}")
+        rows = []
+        for collective in layer_pass.collectives or [NO_COLLECTIVE]:
+            kind = collective.kind
+            if collective.is_alone and collective != NO_COLLECTIVE:
+                kind += " of 1"
+            rows.append([*cells, kind, f"{collective.bytes:,}"])
+            cells = [""] * len(cells)
+        return rows
 
     def printed_totals(self) -> list[str]:
         """Return the totals of a training step."""
@@ -2359,41 +2698,10 @@ class Report:
         for kind, number, size in self.plan.total_collectives():
             if number:
                 lines.append((f"{number:,} × {kind}", f"{size:,}", "bytes"))
+        sent, sent_between = self.plan.sent_bytes, self.plan.sent_between_packages
+        lines.append(("sent within its package", f"{sent - sent_between:,}", "bytes"))
+        lines.append(("sent between packages", f"{sent_between:,}", "bytes"))
         return aligned(lines, "<><")
-
-    def title(self) -> str:
-        """Return a line about the system and the accelerator."""
-        settings, accelerator = self.settings, self.accelerator
-        system = f"{settings.parallel} on {plural(settings.num_npus, 'NPU')}"
-        system += f" in {plural(settings.num_packages, 'package')}"
-        degrees = {(layer_plan.dp, layer_plan.mp) for layer_plan in self.plan.layers}
-        if len(degrees) == 1:
-            dp, mp = degrees.pop()
-            system += f", dp {dp} x mp {mp}"
-        array = f"{accelerator.rows} x {accelerator.columns} array, {accelerator.dataflow}"
-        title = f"{system}; {array}, {self.model.title}"
-        if settings.clock_mhz:
-            title += f", {settings.clock_mhz:g} MHz"
-        return title
-
-    def printed_pass(self, layer_pass: Pass) -> list[list[str]]:
-        """Return the lines of a pass: one for each collective, the first with all else."""
-        work = str(layer_pass.work)
-        if layer_pass.count > 1:
-            work = f"{layer_pass.count:,} × {work}"
-        cells = [PASSES[layer_pass.name].printed, work, f"{layer_pass.cycles:,}"]
-        clock = self.settings.text_clock
-        if clock.unit != "cycles":
-            cells.append(f"{clock.time(layer_pass.cycles):,}")
-        collectives = []
-        for collective in layer_pass.collectives:
-            kind = collective.kind
-            if collective.is_alone:
-                kind += " of 1"
-            collectives.append([kind, f"{collective.bytes:,}"])
-        first, *others = collectives or [["NONE", "0"]]
-        blanks = [""] * len(cells)
-        return [[*cells, *first], *[[*blanks, *other] for other in others]]
 
     def layers_csv(self) -> str:
         """Return layers.csv: a row for each collective of a pass, the first with all else."""
@@ -2427,10 +2735,10 @@ class Report:
                     cells = {**blanks, "layer": layer.name, "pass": layer_pass.name}
         return csv_text([rows[0].keys(), *[row.values() for row in rows]])
 
-    def inputs(self) -> dict[str, str]:
-        """Return the files of the run folder from which the cycles follow, by name."""
+    def files_of_gemms(self) -> dict[str, str]:
+        """Return the files of the run folder that say which GEMMs were timed on what, by name."""
         files = {
-            "scalesim.cfg": self.accelerator.config,
+            "scalesim.cfg": self.accelerator.given_config,
             "cycle_model.txt": f"{self.settings.cycle_model}\n",
         }
         for name, names in PASSES.items():
@@ -2443,38 +2751,26 @@ class Report:
                 files[f"{self.settings.mnk.stem}_{names.topology}.csv"] = topology(gemms)
         return files
 
-    def summary(self) -> dict[str, object]:
-        """Return this run's row of the summary, by column."""
-        settings, plan = self.settings, self.plan
-        times = plan.total_times(settings.text_clock)
-        row: dict[str, object] = {
-            "mnk": settings.mnk,
-            "parallel": settings.parallel,
-            "num_npus": settings.num_npus,
-            "num_packages": settings.num_packages,
-            "datatype_size": settings.datatype_size,
-            "minibatch": plan.layers[0].layer.minibatch,  # none with a table of GEMMs
-            "cycle_model": settings.cycle_model,
-            "time_unit": settings.time_unit,
-            "clock_mhz": settings.clock_mhz,
-        }
+    def summary(self) -> list[object]:
+        """Return this run's row of the summary: the settings and results that are columns of it."""
+        plan = self.plan
+        values = self.settings._asdict()
+        values["minibatch"] = plan.layers[0].layer.minibatch  # none with a table of GEMMs
+        values["scalesim_version"] = self.model.version
+        values["array"] = f"{self.accelerator.rows}x{self.accelerator.columns}"
+        values["dataflow"] = self.accelerator.dataflow
+        values["distinct_gemms"] = len(plan.gemms)
+        times = plan.total_times(self.settings.text_clock)
         for name, names in PASSES.items():
-            row[names.summary] = times.get(name, 0)
-        row["compute_all"] = sum(times.values())
+            values[names.summary] = times.get(name, 0)
+        values["compute_all"] = sum(times.values())
         for kind, number, size in plan.total_collectives():
-            row[f"{kind.lower()}_count"] = number
-            row[f"{kind.lower()}_bytes"] = size
-        return {
-            **row,
-            "sent_bytes": sum(collective.sent_bytes for _, collective in plan.collectives),
-            "distinct_gemms": len(plan.gemms),
-            "output_file": settings.output_file,
-            "run_name": settings.run_name,
-            "shard_rounding": settings.shard_rounding,
-            "scalesim_version": self.model.version,
-            "array": f"{self.accelerator.rows}x{self.accelerator.columns}",
-            "dataflow": self.accelerator.dataflow,
-        }
+            values[f"{kind.lower()}_count"] = number
+            values[f"{kind.lower()}_bytes"] = size
+        values["sent_bytes"] = plan.sent_bytes
+        values["sent_within_package"] = plan.sent_bytes - plan.sent_between_packages
+        values["sent_between_packages"] = plan.sent_between_packages
+        return [values[column] for column in self.SUMMARY]
 
 
 # --- Writing the results
@@ -2486,7 +2782,7 @@ class Output:
     def __init__(self, settings: Settings, report: Report) -> None:
         self.settings = settings
         self.report = report
-        self.run_files = report.inputs()
+        self.run_files = report.files_of_gemms()
         self.traces: list[Path] = []
         if settings.chakra_et:
             folder, prefix = settings.chakra_et.parent, settings.chakra_et.name
@@ -2495,16 +2791,35 @@ class Output:
     def prepare(self) -> None:
         """Make folders; refuse now, not after hours, what can't be written or would harm a file."""
         targets = self.claimed_targets()
-        folders = {target.parent for target in targets}
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        for path in (*folders, *targets):
-            if path.exists() and not os.access(path, os.W_OK):
-                raise UserError(f"{path}: no permission to write")
+        for target in targets:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                what = "one of its folders is a file"
+                raise UserError(f"{target}: {what}, expected another path") from None
         for target in targets:
             if target.is_dir():  # or has just become one, as the folder of another output
                 raise UserError(f"{target} is a folder, expected a file to write")
+            replaced = target if target.exists() else target.parent
+            if not os.access(replaced, os.W_OK):
+                raise UserError(f"{replaced}: no permission to write")
         self.check_summary()
+        self.warn_of_other_traces()
+
+    def warn_of_other_traces(self) -> None:
+        """Warn of traces of an earlier, larger run, which ASTRA-sim may read as well."""
+        if not self.traces:
+            return
+        name = re.escape(self.traces[0].name.removesuffix("0.et")) + r"([0-9]{1,30})\.et"
+        others = []
+        for path in self.traces[0].parent.iterdir():
+            match = re.fullmatch(name, path.name)
+            if match and int(match[1]) >= self.settings.num_npus:
+                others.append((int(match[1]), path))
+        if others:
+            _, first = min(others)
+            what = f"{plural(len(others), 'trace')} of a larger system with this prefix"
+            warn(f"{what}, the first {first}: ASTRA-sim 2.x may read them too")
 
     def claimed_targets(self) -> list[Path]:
         """Return the outputs, links followed; UserError if one has another use already."""
@@ -2525,7 +2840,7 @@ class Output:
         for name in ("layers.csv", *self.run_files):
             outputs.append((settings.run_folder / name, "a file of the run folder"))
 
-        reports = str(resolved(settings.run_folder) / "gemm_")  # how the names of theirs begin
+        reports = str(resolved(settings.run_folder) / "gemm_")  # how their folders' names begin
         targets = []
         for path, use in outputs:
             target = resolved(path)
@@ -2547,7 +2862,7 @@ class Output:
             raise UserError(f"{path}: expected a regular file as --summary_csv")
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             header = file.readline(10_000)
-        if header and header.rstrip("\n") != ",".join(self.report.summary()):
+        if header and header.rstrip("\n") != ",".join(Report.SUMMARY):
             expected = "expected the columns of a summary"
             advice = "give another file, or rename this one"
             raise UserError(f"{path}:1: header {quoted(header)}, {expected}; {advice}")
@@ -2573,7 +2888,7 @@ class Output:
             try:
                 os.link(linked, part)
                 os.replace(part, target)
-            except OSError:  # no links here, or no more of this file
+            except OSError:  # no links on this file system, or too many to this file
                 write_file(path, trace)
                 linked = target
             finally:
@@ -2581,13 +2896,12 @@ class Output:
 
     def append_row(self, path: Path) -> None:
         """Append a row to a summary, to which other runs may append at the same time."""
-        summary = self.report.summary()
-        row = csv_text([summary.values()])
-        with path.open("a+b", buffering=0) as file, names_file(path):
+        row = csv_text([self.report.summary()])
+        with path.open("a+b", buffering=0) as file, errors_name(path):
             fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             if size == 0:
-                row = csv_text([summary.keys()]) + row
+                row = csv_text([Report.SUMMARY]) + row
             else:
                 file.seek(size - 1)
                 if file.read(1) != b"\n":
@@ -2616,14 +2930,15 @@ class Output:
         return [*lines, f"wrote details in {settings.run_folder.resolve()}"]
 
 
-def print_results(text: str) -> None:
+def print_results(lines: list[str]) -> None:
     """Print to stdout, in whatever encoding it has; a closed pipe is no error."""
+    text = "\n".join(printable(line) for line in lines)
     try:
         text.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
     except UnicodeEncodeError:
         text = text.replace("×", "x").encode("ascii", "backslashreplace").decode()
     try:
-        with names_file("standard output"):
+        with errors_name("standard output"):
             print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2660,7 +2975,7 @@ def run(settings: Settings) -> None:
         output.write(workload_text(plan, settings), trace)
         seconds = time.monotonic() - started
         done = output.printed(f"{what} ({timing.source}), {seconds:.1f} s")
-    print_results("\n".join([*report.printed(), *done]))
+    print_results([*report.printed(), *done])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -2669,6 +2984,7 @@ def main(argv: Sequence[str]) -> int:
         if argv[1:]:
             raise UserError(f"unexpected argument {quoted(argv[1])}, expected --name=value")
         run(Settings.from_flags())
+        return 0
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -2677,8 +2993,12 @@ def main(argv: Sequence[str]) -> int:
             message = f"{error.filename}: {error.strerror}"
         if error.errno == errno.EMFILE:
             message += "; fewer --jobs may help"
-    else:
-        return 0
+    except MemoryError:
+        message = "out of memory"
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        message = f"{error}; fewer --jobs may help"
     say("error", message)
     return 1
 

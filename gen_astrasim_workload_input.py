@@ -1738,27 +1738,29 @@ class ScaleSim:
             f"{inspect.getsource(run_scalesim)}\n"
             "run_scalesim(*sys.argv[1:])"
         )
-        if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
-            self.version = "1"
-            self.folder = path  # that Python imports it from
-            code_files = list(path.glob("*.py"))
-        else:
-            package = self.find_package(path)
-            self.version = "3" if (package / "layout_utils.py").is_file() else "2"
-            self.folder = package.parent
-            code_files = list(package.rglob("*.py"))
+        self.version, _, self.digest = self.find()
         self.report_name, self.cycles_column = "COMPUTE_REPORT.csv", "Total Cycles"
         if self.version == "1":
             self.report_name, self.cycles_column = "gemm_cycles.csv", "Cycles"
-        code = {}
-        for file in code_files:
-            code[str(file.relative_to(self.folder))] = file.read_text("utf-8", "replace")
-        results_depend_on = json.dumps([code, accelerator.merged_config], sort_keys=True)
-        self.digest = hashlib.sha256(results_depend_on.encode()).hexdigest()[:32]
 
-    @staticmethod
-    def find_package(path: Path | None) -> Path:
-        """Return the package's folder: at or in a path; without one, where Python finds it."""
+    def find(self) -> tuple[str, Path, str]:
+        """Return its version, the folder to import it from, and a digest of its code and config."""
+        path = self.path
+        if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
+            version, folder, files = "1", path, list(path.glob("*.py"))
+        else:
+            package = self.find_package()
+            version = "3" if (package / "layout_utils.py").is_file() else "2"
+            folder, files = package.parent, list(package.rglob("*.py"))
+        code = {}
+        for file in files:
+            code[str(file.relative_to(folder))] = file.read_text("utf-8", "replace")
+        results_depend_on = json.dumps([code, self.accelerator.merged_config], sort_keys=True)
+        return version, folder, hashlib.sha256(results_depend_on.encode()).hexdigest()[:32]
+
+    def find_package(self) -> Path:
+        """Return the package's folder: at or in the path; without one, where Python finds it."""
+        path = self.path
         places = []
         if path:
             places = [path, path / "scalesim"]
@@ -1787,15 +1789,15 @@ class ScaleSim:
         return Task(gemm, first_use, cycles, memory, seconds)
 
     def folder_here(self) -> Path:
-        """Return the SCALE-Sim's folder on this machine; UserError if it would report otherwise.
+        """Return the folder to import it from on this machine; UserError if it is another one.
 
         This machine may be a Dask worker's, and the code may have changed since the run began.
         """
-        here = ScaleSim(self.path, self.accelerator)
-        if here.digest != self.digest:
-            what = f"the SCALE-Sim in {here.folder}"
+        _, folder, digest = self.find()
+        if digest != self.digest:
+            what = f"the SCALE-Sim in {folder}"
             raise UserError(f"{what} is not the one that this run began with")
-        return here.folder
+        return folder
 
     def simulate(
         self,

@@ -98,10 +98,11 @@ def quoted(text: str) -> str:
 
 
 def plural(number: int, name: str) -> str:
-    """Return "1 layer", "1,024 layers"."""
+    """Return "1 layer", "1,024 layers", "2 passes"."""
     if number == 1:
         return f"1 {name}"
-    return f"{number:,} {name}s"
+    ending = "es" if name.endswith("s") else "s"
+    return f"{number:,} {name}{ending}"
 
 
 def expected_name(name: str, known: Sequence[str]) -> str:
@@ -266,6 +267,14 @@ flags.DEFINE_string("output_file", "workload.txt", "The workload text file.")
 flags.DEFINE_string("run_name", "", "Folder in outputs/<parallel>; by default the table's name.")
 flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder; by default the installed package.")
 flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config; by default a 256 x 256 array.")
+flags.DEFINE_bool("inference", False, "Forward passes only.")
+flags.DEFINE_enum(
+    "sharding_strategy",
+    "NO_SHARD",
+    ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"],
+    "FSDP: what data parallelism shards, named as in PyTorch; for traces only.",
+    case_sensitive=False,
+)
 # --cycle_model is defined below the cycle models.
 flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; by default one for each CPU.", 1)
 flags.DEFINE_string(
@@ -285,7 +294,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("clock_mhz", None, "The accelerator's clock, for ns, us and traces.", 1e-6, 1e9)
 flags.DEFINE_string("chakra_et", "", "Prefix of traces for ASTRA-sim 2.x; needs --clock_mhz.")
-flags.DEFINE_integer("num_passes", 1, "Training steps in the traces.", 1, 1 << 20)
+flags.DEFINE_integer("num_passes", 1, "Training steps, or forward passes, in traces.", 1, 1 << 20)
 flags.DEFINE_string("summary_csv", "", "A CSV file to which a row for this run is appended.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and its cost; write nothing.")
 flags.DEFINE_string("dask_scheduler", "", "Address of a Dask scheduler, to simulate there.")
@@ -371,7 +380,7 @@ class Settings(NamedTuple):
     num_packages: int
     datatype_size: int  # bytes
     minibatch: int
-    output_file: Path
+    output_file: Path | None  # None: the text format can't express the run
     run_name: str
     scalesim_path: Path | None
     scalesim_config: Path | None
@@ -380,10 +389,12 @@ class Settings(NamedTuple):
     cache_dir: Path | None
     shard_rounding: str
     update_time: int
+    inference: bool
+    sharding_strategy: str
     time_unit: str
     clock_mhz: float | None
     chakra_et: Path | None
-    num_passes: int  # training steps
+    num_passes: int  # training steps, or forward passes
     summary_csv: Path | None
     dry_run: bool
     dask_scheduler: str
@@ -405,6 +416,16 @@ class Settings(NamedTuple):
         for name in ("cache_dir", "chakra_et", "summary_csv"):
             values[name] = absolute_path(values[name])
         values["run_name"] = given.run_name or values["mnk"].stem
+        settings = cls(**values)
+        settings.warn_of_flags()
+        if settings.is_sharded:
+            settings.check_sharding()
+            return settings._replace(output_file=None)
+        return settings
+
+    def warn_of_flags(self) -> None:
+        """Warn of flags that have no effect, and of traces that are of no use."""
+        given = flags.FLAGS
         if given.cycle_model == "analytical":
             for name in ("scalesim_path", "dask_scheduler", "jobs"):
                 if given[name].present:
@@ -413,7 +434,30 @@ class Settings(NamedTuple):
             warn("--num_passes has no effect without --chakra_et")
         if given.chakra_et and given.num_npus == 1:
             warn("traces for 1 NPU: ASTRA-sim 2.x takes no network of one NPU")
-        return cls(**values)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether data parallelism shards weights, gradients and optimizer states."""
+        return self.sharding_strategy != "NO_SHARD"
+
+    def check_sharding(self) -> None:
+        """Refuse a sharding strategy with flags that it does not go with."""
+        sharding = f"--sharding_strategy={self.sharding_strategy}"
+        if self.inference:
+            raise UserError(f"{sharding} is for training, expected no --inference")
+        if self.parallel == DLRM:
+            raise UserError(f"{sharding} with {DLRM}, expected another --parallel")
+        if not self.chakra_et:
+            raise UserError(f"{sharding} is for traces only, expected --chakra_et")
+        if flags.FLAGS["output_file"].present:
+            what = "the text format has no place for its collectives"
+            raise UserError(f"{sharding}: {what}, expected no --output_file")
+        npus_in_package, packages = self.network
+        has_both = npus_in_package > 1 and packages > 1
+        if self.sharding_strategy == "HYBRID_SHARD" and not (self.parallel == "DATA" and has_both):
+            what = "shards within packages, and replicates between them"
+            expected = "expected --parallel=DATA and 1 < packages < NPUs"
+            raise UserError(f"{sharding} {what}, {expected}")
 
     @property
     def run_folder(self) -> Path:
@@ -424,6 +468,20 @@ class Settings(NamedTuple):
     def network(self) -> tuple[int, int]:
         """NPUs in a package, and packages: the dimensions of ASTRA-sim's network."""
         return self.num_npus // self.num_packages, self.num_packages
+
+    @property
+    def backward_passes(self) -> list[str]:
+        """The backward passes of a layer in the order of time, as in ASTRA-sim 1.0."""
+        if self.inference:
+            return []
+        if self.parallel in ("DATA", DLRM):
+            return ["weight gradient", "input gradient"]
+        return ["input gradient", "weight gradient"]
+
+    @property
+    def step(self) -> str:
+        """What is repeated: for messages."""
+        return "forward pass" if self.inference else "training step"
 
     @property
     def text_clock(self) -> Clock:
@@ -447,18 +505,11 @@ class Settings(NamedTuple):
 # --- Layers, and the rules of their types
 
 
-class PassNames(NamedTuple):
-    """What a pass is called where its full name does not fit."""
-
-    printed: str
-    summary: str  # the column of its compute time
-    topology: str  # the end of the name of the file with its GEMMs
-
-
-PASSES = {  # in the order of all files
-    "forward": PassNames("forward", "compute_forward", "fwd_pass"),
-    "input gradient": PassNames("input grad", "compute_input_gradient", "inp_grad"),
-    "weight gradient": PassNames("weight grad", "compute_weight_gradient", "weight_grad"),
+# The passes in the order of all files, each with the end of the name of the file of its GEMMs.
+PASSES = {
+    "forward": "fwd_pass",
+    "input gradient": "inp_grad",
+    "weight gradient": "weight_grad",
 }
 
 
@@ -478,6 +529,7 @@ class Layer(NamedTuple):
     products: int = 1  # equal and independent, of a BATCHED_GEMM whose count is a plain number
     samples: int = 1  # of a BATCHED_GEMM whose count is samples x heads
     heads: int | None = None  # products for each sample; None: the count is a plain number
+    experts: int = 1  # of an EXPERT_UP or EXPERT_DOWN, on all NPUs together
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -491,6 +543,7 @@ class Layer(NamedTuple):
             "count": self.products,
             "samples": self.samples,
             "heads": self.heads or 1,
+            "experts": self.experts,
         }
 
 
@@ -533,6 +586,7 @@ class Collective(NamedTuple):
     bytes: int  # an NPU's share in an ALLGATHER or ALLTOALL, the group's buffer in others
     within: int  # NPUs of the group in each package
     between: int  # packages that the group spans
+    is_prefetched: bool = False  # it does not wait for the layer before
 
     @classmethod
     def over(
@@ -611,7 +665,7 @@ class CollectiveRule(NamedTuple):
         elements = {
             "outputs": layer.m * layer.n,
             "inputs": layer.input_elements,
-            "weights": layer.n * layer.k,
+            "weights": layer.experts * layer.n * layer.k,
         }
         size = elements[self.buffer] * settings.datatype_size // parts
         return Collective.over(self.kind, size, dimensions, settings.network)
@@ -636,7 +690,7 @@ class PassRule(NamedTuple):
 class ShareRule(NamedTuple):
     """Over which NPUs whole things, such as heads, are shared out."""
 
-    name: str  # groups, count, samples or heads
+    name: str  # groups, count, samples, heads or experts
     over: str  # "dp", "mp" or "all"
 
 
@@ -648,18 +702,20 @@ class LayerType(NamedTuple):
 
     passes: dict[str, PassRule]  # by names in PASSES
     shares: tuple[ShareRule, ...] = ()
-    is_counted: bool = False  # the table gives a Count
+    counts: str = ""  # what the table's Count counts: products or experts
     inputs: str = "whole"  # or "columns"
     outputs: str = "whole"
     output_gradient: str = "whole"
     input_gradient: str = "whole"
 
 
-# In the sizes of a GEMM m, n and k are the layer's, m' = m/dp, n' = n/mp and k' = k/mp one NPU's,
-# and n/g are the columns of one of the groups of a convolution.
+# In the sizes of a GEMM m, n and k are the layer's, m' = m/dp, n' = n/mp and k' = k/mp one NPU's;
+# n/g are the columns of one of the groups of a convolution, and r = m/(dp experts) the rows of an
+# expert.
 
 GATHER_OUTPUTS = CollectiveRule("ALLGATHER", "outputs", "mp")
 EXCHANGE_OUTPUTS = CollectiveRule("ALLTOALL", "outputs", "mp")
+EXCHANGE_INPUTS = CollectiveRule("ALLTOALL", "inputs", "mp")
 REDUCE_OUTPUTS = CollectiveRule("ALLREDUCE", "outputs", "mp")
 REDUCE_INPUTS = CollectiveRule("ALLREDUCE", "inputs", "mp")
 SCATTER_INPUTS = CollectiveRule("REDUCESCATTER", "inputs", "mp")
@@ -702,11 +758,31 @@ LAYER_TYPES = {
             "weight gradient": PassRule(("k", "n", "m")),
         },
         shares=(ShareRule("count", "all"),),
-        is_counted=True,
+        counts="products",
         inputs="columns",
         outputs="columns",
         output_gradient="columns",
         input_gradient="columns",
+    ),
+    # The halves of the MLP of a mixture of experts (Fedus et al. 2021: Switch Transformer). Tokens
+    # travel to the NPUs of their experts, and from there, over the NPUs that share the experts out.
+    "EXPERT_UP": LayerType(
+        passes={
+            "forward": PassRule(("r", "n", "k"), before=(EXCHANGE_INPUTS,)),
+            "input gradient": PassRule(("r", "k", "n"), after=(EXCHANGE_INPUTS,)),
+            "weight gradient": PassRule(("k", "n", "r"), after=(REDUCE_WEIGHTS,)),
+        },
+        shares=(ShareRule("experts", "mp"),),
+        counts="experts",
+    ),
+    "EXPERT_DOWN": LayerType(
+        passes={
+            "forward": PassRule(("r", "n", "k"), after=(EXCHANGE_OUTPUTS,)),
+            "input gradient": PassRule(("r", "k", "n"), before=(EXCHANGE_OUTPUTS,)),
+            "weight gradient": PassRule(("k", "n", "r"), after=(REDUCE_WEIGHTS,)),
+        },
+        shares=(ShareRule("experts", "mp"),),
+        counts="experts",
     ),
     # Tables of embeddings, cut by columns; k lookups for each sample and column. Backward only the
     # gradient is exchanged first; then the update reads and writes what was looked up.
@@ -828,11 +904,17 @@ class TableLine(NamedTuple):
         return self.with_count(layer)
 
     def with_count(self, layer: Layer) -> Layer:
-        """Return a layer with the number of its products, or with its samples and heads."""
+        """Return a layer with the number of its products or experts, or its samples and heads."""
         cell = self.text("Count")
+        counts = LAYER_TYPES[layer.type].counts
+        if counts == "experts":
+            if not cell:
+                what = f"no Count with type {layer.type}"
+                raise UserError(f"{self.where}: {what}, expected the number of experts")
+            return layer._replace(experts=self.size("Count"))
         if not cell:
             return layer
-        if not LAYER_TYPES[layer.type].is_counted:
+        if not counts:
             what = f"Count is {quoted(cell)}"
             raise UserError(f"{self.where}: {what}, expected none with type {layer.type}")
         first, times, second = cell.lower().replace("×", "x").partition("x")
@@ -1031,7 +1113,7 @@ class Table(NamedTuple):
             layers.append(layer)
             if layer.name != line.text("Layer"):
                 renamed.append(f"{line.where}: spaces in layer names become _")
-            if LAYER_TYPES[layer.type].is_counted and not line.text("Count"):
+            if LAYER_TYPES[layer.type].counts and not line.text("Count"):
                 uncounted.append(f"{line.where}: a {layer.type} without a Count")
             is_typed = "Type" in line.cells or "m" not in line.cells
             if not is_typed and has_word(layer.name, "scores?|qk|qkt|qktv|context"):
@@ -1042,6 +1124,11 @@ class Table(NamedTuple):
         warn_of_first(attention, f"; {advice}")
         if self.parallel == DLRM:
             self.check_embedding(layers)
+        for layer, following in zip(layers, [*layers[1:], None]):
+            is_last = not following or following.type != "EXPERT_DOWN"
+            if layer.type == "EXPERT_UP" and is_last:
+                what = f"{layer.name} is an EXPERT_UP"
+                raise UserError(f"{layer.where}: {what}, expected an EXPERT_DOWN below it")
         return layers
 
     def check_embedding(self, layers: list[Layer]) -> None:
@@ -1068,7 +1155,7 @@ class Pass:
     name: str  # one of PASSES
     count: int  # of equal GEMMs
     work: Gemm | Lookups
-    before: list[Collective]
+    before: list[Collective]  # in the order of time
     after: list[Collective]
     cycles: int = field(init=False)  # there are none until a cycle model has run
 
@@ -1080,6 +1167,24 @@ class Pass:
         """All of them, in the order of time."""
         return [*self.before, *self.after]
 
+    @property
+    def lines(self) -> list[tuple[str, Collective]]:
+        """What tables have of it, in the order of time: names of lines, and their collectives.
+
+        The line of the pass itself has the first collective after it.
+        """
+        lines = []
+        for collective in self.before:
+            name = f"{self.name} exchange"
+            if collective.is_prefetched:
+                name = "forward weights" if self.name == "forward" else "backward weights"
+            lines.append((name, collective))
+        own, *others = self.after or [NO_COLLECTIVE]
+        lines.append((self.name, own))
+        for collective in others:
+            lines.append((f"{self.name} replicas", collective))
+        return lines
+
     def without_end(self) -> Pass:
         """Return a copy after which nothing is communicated."""
         shorter = copy.copy(self)
@@ -1088,20 +1193,59 @@ class Pass:
 
 
 class Share(NamedTuple):
-    """What one NPU has of a size or a number."""
+    """What one NPU, or one expert on an NPU, has of a size or a number."""
 
     name: str
     total: int
-    npus: int  # over which it is split
+    parts: int  # into which it is split: as many as there are NPUs, or experts in all replicas
     size: int
 
     @classmethod
-    def of(cls, name: str, total: int, npus: int, rounding: str) -> Share:
+    def of(cls, name: str, total: int, parts: int, rounding: str) -> Share:
         """Return a share that is rounded up or down, but at least 1."""
-        size = divide_up(total, npus)
+        size = divide_up(total, parts)
         if rounding == "down":
-            size = max(1, total // npus)
-        return cls(name, total, npus, size)
+            size = max(1, total // parts)
+        return cls(name, total, parts, size)
+
+
+class Sharding(NamedTuple):
+    """Fully sharded data parallelism: what takes the place of the ALLREDUCE of weights.
+
+    ZeRO (Rajbhandari et al. 2020), as PyTorch has it (Zhao et al. 2023).
+    """
+
+    gathers_again: bool  # backward, since weights are freed after forward
+    is_within_packages: bool  # which are replicas of each other
+
+    def apply(self, passes: dict[str, Pass], first_backward: str) -> None:
+        """Shard the weights of a layer, if it has any and several NPUs have the same.
+
+        Shares are rounded up, as PyTorch pads them.
+        """
+        weight_gradient = passes["weight gradient"]
+        if not weight_gradient.after or weight_gradient.after[0].is_alone:
+            return
+        (whole,) = weight_gradient.after
+        replicas = []
+        scatter = whole._replace(kind="REDUCESCATTER")
+        if self.is_within_packages:
+            scatter = scatter._replace(between=1)
+        share = divide_up(whole.bytes, scatter.members)
+        if self.is_within_packages:
+            replicas = [whole._replace(bytes=share, within=1)]
+        gather = scatter._replace(kind="ALLGATHER", bytes=share, is_prefetched=True)
+        weight_gradient.after = [scatter, *replicas]
+        passes["forward"].before.insert(0, gather)
+        if self.gathers_again:
+            passes[first_backward].before.insert(0, gather)
+
+
+SHARDINGS = {
+    "SHARD_GRAD_OP": Sharding(gathers_again=False, is_within_packages=False),
+    "FULL_SHARD": Sharding(gathers_again=True, is_within_packages=False),
+    "HYBRID_SHARD": Sharding(gathers_again=True, is_within_packages=True),
+}
 
 
 class LayerPlan(NamedTuple):
@@ -1119,18 +1263,23 @@ class LayerPlan(NamedTuple):
         dp, mp = STRATEGIES[layer.strategy].degrees(settings.network)
         layer_type = type_of(layer, mp)
         sizes = layer.sizes
-        count = 1
         shares = []
         degrees = {"dp": dp, "mp": mp, "all": dp * mp}
         for name, over in layer_type.shares:
             # Whatever --shard_rounding says: things that are never cut have no smaller share.
-            share = Share.of(name, sizes[name], degrees[over], "up")
-            shares.append(share)
-            count *= share.size
-        for name, npus in (("m", dp), ("n", mp), ("k", mp)):
-            share = Share.of(name, sizes[name], npus, settings.shard_rounding)
-            sizes[f"{name}'"] = share.size
-            if f"{name}'" in layer_type.passes["forward"].sizes:  # all passes have the same shares
+            shares.append(Share.of(name, sizes[name], degrees[over], "up"))
+        count = math.prod(share.size for share in shares)
+        if layer_type.counts == "experts":
+            if layer.experts % mp:
+                what = f"Count is {layer.experts} experts"
+                expected = f"expected a multiple of the {mp} NPUs that share them out"
+                raise UserError(f"{layer.where}: {what}, {expected}")
+            count = min(count, divide_up(layer.m, dp * mp))  # no more experts than rows
+        cuts = {"m'": ("m", dp), "n'": ("n", mp), "k'": ("k", mp), "r": ("m", dp * layer.experts)}
+        for share_name, (name, parts) in cuts.items():
+            share = Share.of(name, sizes[name], parts, settings.shard_rounding)
+            sizes[share_name] = share.size
+            if share_name in layer_type.passes["forward"].sizes:  # all passes have the same shares
                 shares.append(share)
 
         def collectives(rules: tuple[CollectiveRule, ...]) -> list[Collective]:
@@ -1139,14 +1288,29 @@ class LayerPlan(NamedTuple):
 
         passes = {}
         for name, rule in layer_type.passes.items():
-            before, after = collectives(rule.before), collectives(rule.after)
-            passes[name] = Pass(layer, name, count, rule.work(sizes), before, after)
+            if name == "forward" or name in settings.backward_passes:
+                before, after = collectives(rule.before), collectives(rule.after)
+                passes[name] = Pass(layer, name, count, rule.work(sizes), before, after)
+        if settings.is_sharded:
+            SHARDINGS[settings.sharding_strategy].apply(passes, settings.backward_passes[0])
         return cls(layer, dp, mp, shares, passes)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are gathered before they are used."""
+        return any(collective.is_prefetched for collective in self.passes["forward"].before)
+
+    @property
+    def frees_weights(self) -> bool:
+        """Whether they are freed after forward, and gathered once more."""
+        backward = [*self.passes.values()][1:]
+        gathers = [gather for each in backward for gather in each.before if gather.is_prefetched]
+        return bool(gathers)
 
     @property
     def uneven_shares(self) -> list[Share]:
         """What is not divisible, so that NPUs have different shares."""
-        return [share for share in self.shares if share.total % share.npus]
+        return [share for share in self.shares if share.total % share.parts]
 
     def reads_input_of(self, before: LayerPlan) -> bool:
         """Tell whether this layer and the one before it are siblings, such as q, k and v."""
@@ -1166,14 +1330,24 @@ class LayerPlan(NamedTuple):
         pair = f"{first.name} ({first.type}) before {second.name} ({second.type})"
         if types == ("GEMM", "GEMM") or "EMBEDDING" in types:
             return ""
+        if second.type == "EXPERT_DOWN" and first.type != "EXPERT_UP":
+            return f"{pair} lacks an ALLTOALL"
+        if first.type == "EXPERT_DOWN" or second.type == "EXPERT_UP":
+            # Tokens come from, and go to, layers that split them over all NPUs.
+            others = [plan for plan in (self, after) if not plan.layer.type.startswith("EXPERT")]
+            if all(plan.mp == 1 for plan in others):
+                return ""
+            return f"{pair} that splits more than tokens lacks a resharding"
         if first.strategy != second.strategy:
             return f"{pair} of another strategy lacks a resharding"
-        if self.mp == 1 or after.reads_input_of(self):
+        if self.mp == 1 or types[0] == "EXPERT_UP" or after.reads_input_of(self):
             return ""
         first_type, second_type = LAYER_TYPES[first.type], LAYER_TYPES[second.type]
         if (first_type.outputs, second_type.inputs) == ("columns", "whole"):
             return f"{pair} lacks an ALLGATHER"
-        if (second_type.input_gradient, first_type.output_gradient) == ("columns", "whole"):
+        is_trained = "input gradient" in self.passes
+        gradients = (second_type.input_gradient, first_type.output_gradient)
+        if is_trained and gradients == ("columns", "whole"):
             return f"{pair} lacks a collective of the gradient"
         return ""
 
@@ -1193,10 +1367,10 @@ class LayerPlan(NamedTuple):
         network = settings.network
         size = second.input_elements * settings.datatype_size
         parts = math.prod(network[dimension] for dimension in rows | next_rows)
-        possible = [
-            Collective.over("ALLGATHER", size // parts, rows - next_rows, network),
-            Collective.over("ALLTOALL", size // settings.num_npus, next_rows - rows, network),
-        ]
+        possible = [Collective.over("ALLGATHER", size // parts, rows - next_rows, network)]
+        if not settings.inference:
+            share = size // settings.num_npus
+            possible.append(Collective.over("ALLTOALL", share, next_rows - rows, network))
         return [collective for collective in possible if not collective.is_alone]
 
 
@@ -1243,6 +1417,10 @@ class Plan:
 
     def check(self) -> None:
         """Warn of whatever may surprise; UserError for a collective that ASTRA-sim can't run."""
+        if self.settings.is_sharded and not any(plan.is_sharded for plan in self.layers):
+            sharding = f"--sharding_strategy={self.settings.sharding_strategy}"
+            expected = "expected --parallel=DATA or a hybrid"
+            raise UserError(f"{sharding}: no data parallelism to shard over, {expected}")
         self.check_collectives()
         self.warn_of_shares()
         self.warn_of_convolutions()
@@ -1281,7 +1459,8 @@ class Plan:
             if lacking:
                 pair = f"{first.name} ({first.strategy}) before {second.name} ({second.strategy})"
                 resharded.append(f"{second.where}: {pair} lacks {' and backward '.join(lacking)}")
-            if after.mp > 1 and after.reads_input_of(before):
+            is_trained = "input gradient" in after.passes
+            if is_trained and after.mp > 1 and after.reads_input_of(before):
                 siblings.append(f"{second.where}: {second.name} reads the input of {first.name}")
         warn_of_first(unfitting, ": no communication was added")
         warn_of_first(resharded, ": no communication was added")
@@ -1304,6 +1483,8 @@ class Plan:
             if counted >= self.ASTRASIM_1_LIMIT and not collective.is_alone:
                 large.append(f"{name} is {collective.bytes:,} bytes")
         warn_of_first(small, ": with fewer than 4 ASTRA-sim may never end")
+        if not self.settings.output_file:
+            return  # what follows is about readers of the text file
         warn_of_first(large, ", too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
         alone = [collective for _, collective in self.collectives if collective.is_alone]
         if 0 < len(alone) < len(self.collectives):
@@ -1320,9 +1501,9 @@ class Plan:
             layers = names[0]
             if len(names) > 1:
                 layers += f" and {plural(len(names) - 1, 'more layer')}"
-            problem = f"is not divisible by {share.npus}"
-            if share.total < share.npus:
-                problem = f"is less than {share.npus} NPUs, some of which have none"
+            problem = f"is not divisible by {share.parts}"
+            if share.total < share.parts:
+                problem = f"is less than {share.parts}, so that some have none"
             timed = f"one NPU is timed with {share.size}"
             warn(f"{layers}: {share.name} = {share.total} {problem}, {timed}")
         if len(names_by_share) > 8:
@@ -2363,8 +2544,8 @@ def workload_text(plan: Plan, settings: Settings) -> str:
             compute_time, collective = 0, NO_COLLECTIVE
             if layer_pass := layer_plan.passes.get(name):
                 compute_time = clock.time(layer_pass.cycles)
-                if layer_pass.after:
-                    collective = layer_pass.after[0]
+                # The text has one; of a pass with one before it and none after it, that one.
+                collective = [*layer_pass.after, *layer_pass.before, NO_COLLECTIVE][0]
             words += [compute_time, collective.kind, collective.bytes]
         words.append(settings.update_time)
         if settings.parallel == CUSTOMIZED:  # otherwise ASTRA-sim 1.0 takes it for the next name
@@ -2430,9 +2611,7 @@ class Trace:
     """The execution trace of any NPU: the training loop of ASTRA-sim 1.0, in us."""
 
     def __init__(self, settings: Settings, chakra: Chakra) -> None:
-        self.parallel = settings.parallel
-        self.num_passes = settings.num_passes
-        self.network = settings.network
+        self.settings = settings
         self.clock = settings.trace_clock
         self.chakra = chakra
         self.stream = io.BytesIO()
@@ -2443,8 +2622,8 @@ class Trace:
         """Return the trace of all training steps."""
         layers = plan.layers
         updated: list[Nodes] = [[] for _ in layers]  # what a layer's next step waits for
-        for _ in range(self.num_passes):
-            if self.parallel == DLRM:
+        for _ in range(self.settings.num_passes):
+            if self.settings.parallel == DLRM:
                 updated = self.dlrm_step(layers, updated, plan.embedding_position)
             else:
                 updated = self.step(layers, updated)
@@ -2452,8 +2631,10 @@ class Trace:
 
     def step(self, layers: list[LayerPlan], updated: list[Nodes]) -> list[Nodes]:
         """Add a training step; return what the next step's layers wait for."""
-        forward_done = self.forward(layers, updated, [])
-        _, now_updated = self.backward(layers, forward_done, first=layers[0])
+        computed, done = self.forward(layers, updated, [])
+        if self.settings.inference:
+            return [done for _ in layers]
+        _, now_updated = self.backward(layers, done, first=layers[0], forward_computed=computed)
         return now_updated
 
     def dlrm_step(
@@ -2466,8 +2647,10 @@ class Trace:
         """
         bottom, embedding, top = layers[:position], layers[position], layers[position + 1 :]
         looked_up, exchanged = self.add_pass(embedding.passes["forward"], updated[position])
-        bottom_done = self.forward(bottom, updated[:position], looked_up)
-        top_done = self.forward(top, updated[position + 1 :], bottom_done + exchanged)
+        _, bottom_done = self.forward(bottom, updated[:position], looked_up)
+        _, top_done = self.forward(top, updated[position + 1 :], bottom_done + exchanged)
+        if self.settings.inference:
+            return [top_done for _ in layers]
 
         top_back, top_updated = self.backward(top, top_done)
         _, returned = self.add_pass(embedding.passes["input gradient"], top_back)
@@ -2476,45 +2659,80 @@ class Trace:
         tables_updated, _ = self.add_pass(update, bottom_back + returned)
         return [*bottom_updated, tables_updated, *top_updated]
 
-    def forward(self, layers: list[LayerPlan], updated: list[Nodes], waits_for: Nodes) -> Nodes:
-        """Add the forward pass of layers; return the nodes that end it."""
+    def forward(
+        self, layers: list[LayerPlan], updated: list[Nodes], waits_for: Nodes
+    ) -> tuple[Nodes, Nodes]:
+        """Add the forward pass of layers; return the nodes that end its computing, and all of it.
+
+        Weights are gathered once all of them are updated and the layer before the one before has
+        computed. PyTorch holds the weights of two layers, one in use and one prefetched.
+        """
+        computed: Nodes = []
+        sharded: list[Nodes] = [[], []]  # the computing of layers whose weights were gathered
+        all_updated: Nodes = []
         for layer_plan, layer_updated in zip(layers, updated):
+            if layer_plan.is_sharded:
+                all_updated = all_updated + layer_updated
+        for layer_plan, layer_updated in zip(layers, updated):
+            gathered_after = all_updated
+            if layer_plan.frees_weights:
+                gathered_after = gathered_after + sharded[-2]
             layer_pass = layer_plan.passes["forward"]
-            _, waits_for = self.add_pass(layer_pass, waits_for + layer_updated)
-        return waits_for
+            computed, waits_for = self.add_pass(
+                layer_pass, waits_for + layer_updated, gathered_after
+            )
+            if layer_plan.is_sharded:
+                sharded.append(computed)
+        return computed, waits_for
 
     def backward(
-        self, layers: list[LayerPlan], waits_for: Nodes, first: LayerPlan | None = None
+        self,
+        layers: list[LayerPlan],
+        waits_for: Nodes,
+        first: LayerPlan | None = None,
+        forward_computed: Sequence[int] = (),
     ) -> tuple[Nodes, list[Nodes]]:
         """Add the backward pass of layers; return the nodes that end it and each layer's update.
 
         With DATA, and in a DLRM, the weight gradient comes first; its collective runs beside all
         that follows. Otherwise the input gradient comes first; its collective runs beside the
         weight gradient. As in ASTRA-sim 1.0 nothing follows the input gradient of the first layer
-        of a network, and with DATA it is not computed either.
+        of a network, and with DATA it is not computed either. Weights are gathered as in forward,
+        those of the last two layers once its computing has ended.
         """
-        gradients = ["input gradient", "weight gradient"]
-        if self.parallel in ("DATA", DLRM):
-            gradients.reverse()
         updated: list[Nodes] = []
+        sharded = [[*forward_computed], [*forward_computed]]
         for layer_plan in reversed(layers):
             ended = {"input gradient": waits_for}
             computed = waits_for
-            for name in gradients:
+            for name in self.settings.backward_passes:
                 layer_pass = layer_plan.passes[name]
                 if layer_plan is first and name == "input gradient":
-                    if self.parallel == "DATA":
+                    if self.settings.parallel == "DATA":
                         continue
                     layer_pass = layer_pass.without_end()
-                computed, ended[name] = self.add_pass(layer_pass, computed)
+                computed, ended[name] = self.add_pass(layer_pass, computed, sharded[-2])
+            if layer_plan.is_sharded:
+                sharded.append(computed)
             updated.insert(0, ended["weight gradient"])
             waits_for = ended["input gradient"] + computed
         return waits_for, updated
 
-    def add_pass(self, layer_pass: Pass, waits_for: Nodes) -> tuple[Nodes, Nodes]:
-        """Add a pass; return the nodes that end its computing, and all of it."""
-        prepared = self.communicate(layer_pass, layer_pass.before, waits_for)
-        computed = self.compute(layer_pass, prepared)
+    def add_pass(
+        self, layer_pass: Pass, waits_for: Nodes, gathered_after: Sequence[int] = ()
+    ) -> tuple[Nodes, Nodes]:
+        """Add a pass; return the nodes that end its computing, and all of it.
+
+        Weights are gathered after other nodes than those that all else waits for.
+        """
+        ready = waits_for
+        gathered: Nodes = []
+        for collective in layer_pass.before:
+            if collective.is_prefetched:
+                gathered = self.communicate(layer_pass, [collective], [*gathered_after])
+            else:
+                ready = self.communicate(layer_pass, [collective], ready)
+        computed = self.compute(layer_pass, ready + gathered)
         return computed, self.communicate(layer_pass, layer_pass.after, computed)
 
     def compute(self, layer_pass: Pass, waits_for: Nodes) -> Nodes:
@@ -2539,7 +2757,8 @@ class Trace:
             if collective.is_alone:
                 continue  # ASTRA-sim ends silently at a collective of one member
             involved = []
-            for npus, members in zip(self.network, (collective.within, collective.between)):
+            group = (collective.within, collective.between)
+            for npus, members in zip(self.settings.network, group):
                 if npus > 1:  # the network has no dimension of one
                     involved.append(members > 1)
             ended = self.add(
@@ -2592,6 +2811,8 @@ class Report:
         "num_packages",
         "datatype_size",
         "minibatch",
+        "inference",
+        "sharding_strategy",
         "cycle_model",
         "time_unit",
         "clock_mhz",
@@ -2672,31 +2893,34 @@ class Report:
         return [*self.title(), *table, *self.printed_totals()]
 
     def printed_pass(self, layer_pass: Pass) -> list[list[str]]:
-        """Return the rows of a pass: one for each collective, the first with all else."""
+        """Return the row of a pass, and those of its further collectives."""
         work = str(layer_pass.work)
         if layer_pass.count > 1:
             work = f"{layer_pass.count:,} × {work}"
-        cells = [f"  {PASSES[layer_pass.name].printed}", work, f"{layer_pass.cycles:,}"]
+        times = [work, f"{layer_pass.cycles:,}"]
         clock = self.settings.text_clock
         if clock.unit != "cycles":
-            cells.append(f"{clock.time(layer_pass.cycles):,}")
+            times.append(f"{clock.time(layer_pass.cycles):,}")
         rows = []
-        for collective in layer_pass.collectives or [NO_COLLECTIVE]:
+        for name, collective in layer_pass.lines:
             kind = collective.kind
             if collective.is_alone and collective != NO_COLLECTIVE:
                 kind += " of 1"
+            cells = [f"  {name.replace('gradient', 'grad')}", *[""] * len(times)]
+            if name == layer_pass.name:
+                cells[1:] = times
             rows.append([*cells, kind, f"{collective.bytes:,}"])
-            cells = [""] * len(cells)
         return rows
 
     def printed_totals(self) -> list[str]:
-        """Return the totals of a training step."""
+        """Return the totals of a training step, or of a forward pass."""
         clock = self.settings.text_clock
-        lines = [("totals of a training step", "", "")]
+        lines = [(f"totals of a {self.settings.step}", "", "")]
         times = self.plan.total_times(clock)
         for name, total_time in times.items():
             lines.append((f"compute, {name}", f"{total_time:,}", clock.unit))
-        lines.append(("compute, all passes", f"{sum(times.values()):,}", clock.unit))
+        if len(times) > 1:
+            lines.append(("compute, all passes", f"{sum(times.values()):,}", clock.unit))
         for kind, number, size in self.plan.total_collectives():
             if number:
                 lines.append((f"{number:,} × {kind}", f"{size:,}", "bytes"))
@@ -2706,35 +2930,32 @@ class Report:
         return aligned(lines, "<><")
 
     def layers_csv(self) -> str:
-        """Return layers.csv: a row for each collective of a pass, the first with all else."""
+        """Return layers.csv: a row for each pass, and for each further collective of it."""
         rows = []
         for layer_plan in self.plan.layers:
             layer = layer_plan.layer
             for layer_pass in layer_plan.passes.values():
-                cells: dict[str, object] = {
-                    "layer": layer.name,
-                    "type": layer.type,
-                    "strategy": layer.strategy,
-                    "dp": layer_plan.dp,
-                    "mp": layer_plan.mp,
-                    "pass": layer_pass.name,
-                    "count": layer_pass.count,
-                    "M": layer_pass.work.m,
-                    "N": layer_pass.work.n,
-                    "K": layer_pass.work.k,
-                    "cycles": layer_pass.cycles,
-                }
-                for collective in layer_pass.collectives or [NO_COLLECTIVE]:
-                    row = {
-                        **cells,
+                work = layer_pass.work
+                for name, collective in layer_pass.lines:
+                    is_own = name == layer_pass.name
+                    row: dict[str, object] = {
+                        "layer": layer.name,
+                        "type": layer.type,
+                        "strategy": layer.strategy,
+                        "dp": layer_plan.dp,
+                        "mp": layer_plan.mp,
+                        "pass": name,
+                        "count": layer_pass.count if is_own else 0,
+                        "M": work.m,
+                        "N": work.n,
+                        "K": work.k,
+                        "cycles": layer_pass.cycles if is_own else 0,
                         "collective": collective.kind,
                         "bytes": collective.bytes,
                         "members": collective.members,
                         "sent_bytes": collective.sent_bytes,
                     }
                     rows.append(row)
-                    blanks = dict.fromkeys(cells, "")
-                    cells = {**blanks, "layer": layer.name, "pass": layer_pass.name}
         return csv_text([rows[0].keys(), *[row.values() for row in rows]])
 
     def files_of_gemms(self) -> dict[str, str]:
@@ -2743,14 +2964,14 @@ class Report:
             "scalesim.cfg": self.accelerator.given_config,
             "cycle_model.txt": f"{self.settings.cycle_model}\n",
         }
-        for name, names in PASSES.items():
+        for name, file_end in PASSES.items():
             passes = [layer_pass for layer_pass in self.plan.passes if layer_pass.name == name]
             gemms = []
             for layer_pass in passes:
                 if isinstance(layer_pass.work, Gemm):
                     gemms.append((layer_pass.layer.name, layer_pass.work))
             if passes:
-                files[f"{self.settings.mnk.stem}_{names.topology}.csv"] = topology(gemms)
+                files[f"{self.settings.mnk.stem}_{file_end}.csv"] = topology(gemms)
         return files
 
     def summary(self) -> list[object]:
@@ -2763,8 +2984,8 @@ class Report:
         values["dataflow"] = self.accelerator.dataflow
         values["distinct_gemms"] = len(plan.gemms)
         times = plan.total_times(self.settings.text_clock)
-        for name, names in PASSES.items():
-            values[names.summary] = times.get(name, 0)
+        for name in PASSES:
+            values[f"compute_{name.replace(' ', '_')}"] = times.get(name, 0)
         values["compute_all"] = sum(times.values())
         for kind, number, size in plan.total_collectives():
             values[f"{kind.lower()}_count"] = number
@@ -2835,7 +3056,9 @@ class Output:
         uses = {resolved(settings.mnk): "--mnk"}
         if settings.scalesim_config:
             uses[resolved(settings.scalesim_config)] = "--scalesim_config"
-        outputs = [(settings.output_file, "--output_file")]
+        outputs = []
+        if settings.output_file:
+            outputs.append((settings.output_file, "--output_file"))
         if settings.summary_csv:
             outputs.append((settings.summary_csv, "--summary_csv"))
         outputs += [(path, "a trace") for path in self.traces]
@@ -2877,7 +3100,8 @@ class Output:
             self.write_traces(trace)
         if self.settings.summary_csv:
             self.append_row(self.settings.summary_csv)
-        write_file(self.settings.output_file, text.encode())
+        if self.settings.output_file:
+            write_file(self.settings.output_file, text.encode())
 
     def write_traces(self, trace: bytes) -> None:
         """Write the same trace for each NPU; on disk only once, where there are hard links."""
@@ -2919,13 +3143,14 @@ class Output:
     def printed(self, done: str) -> list[str]:
         """Return what was written."""
         settings = self.settings
-        output = settings.output_file
-        if not is_device(output):
-            output = output.resolve()
-        lines = [f"wrote {output}: {done}"]
+        lines = [done]
+        if output := settings.output_file:
+            if not is_device(output):
+                output = output.resolve()
+            lines = [f"wrote {output}: {done}"]
         if settings.chakra_et:
             traces = f"{settings.chakra_et.resolve()}.<npu>.et"
-            steps = plural(settings.num_passes, "training step")
+            steps = plural(settings.num_passes, settings.step)
             lines.append(f"wrote {plural(settings.num_npus, 'trace')} of {steps}: {traces}")
         if settings.summary_csv:
             lines.append(f"wrote a row in {settings.summary_csv.resolve()}")

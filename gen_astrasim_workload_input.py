@@ -170,6 +170,21 @@ def read_text(path: Path, expected: str) -> str:
     return text
 
 
+def csv_rows(path: Path) -> list[tuple[str, list[str]]]:
+    """Return the rows of a CSV file that are not blank, each with "file:line"."""
+    text = io.StringIO(read_text(path, "a CSV table"))
+    reader = csv.reader(text, strict=True, skipinitialspace=True)
+    rows = []
+    try:
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                rows.append((f"{path}:{reader.line_num}", cells))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
+    return rows
+
+
 def is_device(path: Path) -> bool:
     """Tell whether a path is a pipe, a terminal or the like, which can't be replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -262,7 +277,7 @@ flags.DEFINE_integer("num_npus", 8, "NPUs in the whole system.", 1, INT_MAX)
 flags.DEFINE_alias("num_npu", "num_npus")
 flags.DEFINE_integer("num_packages", 1, "Packages that hold the NPUs.", 1)
 flags.DEFINE_integer("datatype_size", 2, "Bytes per element.", 1, 1 << 20)
-flags.DEFINE_integer("minibatch", 1, "Images, for a table of convolutions.", 1, INT_MAX)
+flags.DEFINE_integer("minibatch", 1, "Samples, in a table whose rows are of one.", 1, INT_MAX)
 flags.DEFINE_string("output_file", "workload.txt", "The workload text file.")
 flags.DEFINE_string("run_name", "", "Folder in outputs/<parallel>; by default the table's name.")
 flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder; by default the installed package.")
@@ -276,6 +291,7 @@ flags.DEFINE_enum(
     case_sensitive=False,
 )
 # --cycle_model is defined below the cycle models.
+flags.DEFINE_string("gemm_cycles", "", "A CSV of GEMMs whose cycles were measured elsewhere.")
 flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; by default one for each CPU.", 1)
 flags.DEFINE_string(
     "cache_dir",
@@ -385,6 +401,7 @@ class Settings(NamedTuple):
     scalesim_path: Path | None
     scalesim_config: Path | None
     cycle_model: str
+    gemm_cycles: Path | None
     jobs: int | None
     cache_dir: Path | None
     shard_rounding: str
@@ -413,7 +430,7 @@ class Settings(NamedTuple):
             values["cache_dir"] = ""
         for name in ("mnk", "output_file", "scalesim_path", "scalesim_config"):
             values[name] = absolute_path(values[name])
-        for name in ("cache_dir", "chakra_et", "summary_csv"):
+        for name in ("gemm_cycles", "cache_dir", "chakra_et", "summary_csv"):
             values[name] = absolute_path(values[name])
         values["run_name"] = given.run_name or values["mnk"].stem
         settings = cls(**values)
@@ -426,10 +443,10 @@ class Settings(NamedTuple):
     def warn_of_flags(self) -> None:
         """Warn of flags that have no effect, and of traces that are of no use."""
         given = flags.FLAGS
-        if given.cycle_model == "analytical":
+        if given.cycle_model != "simulated":
             for name in ("scalesim_path", "dask_scheduler", "jobs"):
                 if given[name].present:
-                    warn(f"--{name} has no effect with --cycle_model=analytical")
+                    warn(f"--{name} has no effect with --cycle_model={given.cycle_model}")
         if given["num_passes"].present and not given.chakra_et:
             warn("--num_passes has no effect without --chakra_et")
         if given.chakra_et and given.num_npus == 1:
@@ -524,7 +541,7 @@ class Layer(NamedTuple):
     n: int  # columns of the outputs
     k: int  # reduction: the length of the sum that an output is
     input_elements: int  # m x k; of a convolution its ifmaps, without im2col's repeats
-    minibatch: int | None = None  # images of a convolution
+    images: int | None = None  # of a convolution
     groups: int = 1  # of a convolution
     products: int = 1  # equal and independent, of a BATCHED_GEMM whose count is a plain number
     samples: int = 1  # of a BATCHED_GEMM whose count is samples x heads
@@ -879,44 +896,57 @@ class TableLine(NamedTuple):
             what = f"layer name {quoted(name)}"
             raise UserError(f"{self.where}: {what}, expected printable characters")
 
+        layer_type = self.layer_type()
+        if layer_type == "EMBEDDING" and parallel != DLRM:
+            raise UserError(f"{self.where}: type EMBEDDING needs --parallel={DLRM}")
+        strategy = parallel
+        if parallel == CUSTOMIZED:
+            strategy = self.own_strategy()
+        elif parallel == DLRM:
+            strategy = "MODEL" if layer_type == "EMBEDDING" else "DATA"
+        if "m" not in self.cells:
+            return self.convolution(name, strategy, minibatch)
+        counts = LAYER_TYPES[layer_type].counts
+        m, n, k = self.size("m"), self.size("n"), self.size("k")
+        if counts != "products":
+            m *= minibatch
+        layer = Layer(name, self.where, layer_type, strategy, m, n, k, input_elements=m * k)
+        if counts == "products":
+            return self.with_products(layer, minibatch)
+        if counts == "experts":
+            return layer._replace(experts=self.experts())
+        if self.text("Count"):
+            what = f"Count is {quoted(self.text('Count'))}"
+            raise UserError(f"{self.where}: {what}, expected none with type {layer.type}")
+        return layer
+
+    def layer_type(self) -> str:
+        """Return the layer's type, one of LAYER_TYPES."""
         cell = self.text("Type")
         layer_type = cell.upper() or "GEMM"
         if layer_type not in LAYER_TYPES:
             expected = expected_name(layer_type, [*LAYER_TYPES])
             raise UserError(f"{self.where}: unknown type {quoted(cell)}, {expected}")
-        if layer_type == "EMBEDDING" and parallel != DLRM:
-            raise UserError(f"{self.where}: type EMBEDDING needs --parallel={DLRM}")
+        return layer_type
 
-        strategy = parallel
-        if parallel == CUSTOMIZED:
-            cell = self.text(Columns.STRATEGY)
-            strategy = cell.upper().replace("HYBRD", "HYBRID")  # as the format was once described
-            if strategy not in STRATEGIES:
-                expected = f"expected one of {', '.join(STRATEGIES)}"
-                raise UserError(f"{self.where}: strategy {quoted(cell)}, {expected}")
-        elif parallel == DLRM:
-            strategy = "MODEL" if layer_type == "EMBEDDING" else "DATA"
+    def own_strategy(self) -> str:
+        """Return the layer's own strategy, one of STRATEGIES."""
+        cell = self.text(Columns.STRATEGY)
+        strategy = cell.upper().replace("HYBRD", "HYBRID")  # a misspelling in an old description
+        if strategy not in STRATEGIES:
+            expected = f"expected one of {', '.join(STRATEGIES)}"
+            raise UserError(f"{self.where}: strategy {quoted(cell)}, {expected}")
+        return strategy
 
-        if "m" not in self.cells:
-            return self.convolution(name, strategy, minibatch)
-        m, n, k = self.size("m"), self.size("n"), self.size("k")
-        layer = Layer(name, self.where, layer_type, strategy, m, n, k, input_elements=m * k)
-        return self.with_count(layer)
+    def experts(self) -> int:
+        """Return the number of experts, which must be given."""
+        if not self.text("Count"):
+            raise UserError(f"{self.where}: no Count, expected the number of experts")
+        return self.size("Count")
 
-    def with_count(self, layer: Layer) -> Layer:
-        """Return a layer with the number of its products or experts, or its samples and heads."""
-        cell = self.text("Count")
-        counts = LAYER_TYPES[layer.type].counts
-        if counts == "experts":
-            if not cell:
-                what = f"no Count with type {layer.type}"
-                raise UserError(f"{self.where}: {what}, expected the number of experts")
-            return layer._replace(experts=self.size("Count"))
-        if not cell:
-            return layer
-        if not counts:
-            what = f"Count is {quoted(cell)}"
-            raise UserError(f"{self.where}: {what}, expected none with type {layer.type}")
+    def with_products(self, layer: Layer, minibatch: int) -> Layer:
+        """Return a layer with the number of its products, or with its samples and heads."""
+        cell = self.text("Count") or "1"
         first, times, second = cell.lower().replace("×", "x").partition("x")
         number = whole_number(first.strip().removesuffix(".0"))
         heads = whole_number(second.strip())
@@ -924,8 +954,8 @@ class TableLine(NamedTuple):
             expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
             raise UserError(f"{self.where}: Count is {quoted(cell)}, {expected}")
         if times:
-            return layer._replace(samples=number, heads=heads)
-        return layer._replace(products=number)
+            return layer._replace(samples=number * minibatch, heads=heads)
+        return layer._replace(products=number * minibatch)
 
     def convolution(self, name: str, strategy: str, minibatch: int) -> Layer:
         """Return a convolution's GEMM: a row for each output pixel, a column for each filter."""
@@ -954,7 +984,7 @@ class TableLine(NamedTuple):
             n=filters,
             k=window * channels // groups,
             input_elements=minibatch * input_pixels * channels,
-            minibatch=minibatch,
+            images=minibatch,
             groups=groups,
         )
 
@@ -1071,24 +1101,14 @@ class Table(NamedTuple):
 
     path: Path
     parallel: str
-    minibatch: int  # images, if the layers are convolutions
+    minibatch: int
     lines: list[TableLine]
 
     @classmethod
     def read(cls, settings: Settings) -> Table:
         """Return the table that --mnk names."""
         path = settings.mnk
-        text = io.StringIO(read_text(path, "a CSV table"))
-        reader = csv.reader(text, strict=True, skipinitialspace=True)
-        rows = []
-        try:
-            for row in reader:
-                cells = [cell.strip() for cell in row]
-                if any(cells):
-                    rows.append((f"{path}:{reader.line_num}", cells))
-        except csv.Error as error:
-            where = f"{path}:{reader.line_num}"
-            raise UserError(f"{where}: {error}, expected a CSV table") from None
+        rows = csv_rows(path)
         if not rows:
             raise UserError(f"{path}:1: no header, expected {','.join(Columns.GEMM)}")
 
@@ -1097,9 +1117,6 @@ class Table(NamedTuple):
         lines = header.lines(rows[1:])
         if not lines:
             raise UserError(f"{header.where}: no layers, expected one in each line below")
-        if settings.minibatch > 1 and not header.is_of_convolutions:
-            what = f"--minibatch={settings.minibatch} with GEMMs, whose m counts the samples"
-            raise UserError(f"{lines[0].where}: {what}, expected convolutions")
         return cls(path, settings.parallel, settings.minibatch, lines)
 
     def layers(self) -> list[Layer]:
@@ -1113,7 +1130,7 @@ class Table(NamedTuple):
             layers.append(layer)
             if layer.name != line.text("Layer"):
                 renamed.append(f"{line.where}: spaces in layer names become _")
-            if LAYER_TYPES[layer.type].counts and not line.text("Count"):
+            if LAYER_TYPES[layer.type].counts == "products" and not line.text("Count"):
                 uncounted.append(f"{line.where}: a {layer.type} without a Count")
             is_typed = "Type" in line.cells or "m" not in line.cells
             if not is_typed and has_word(layer.name, "scores?|qk|qkt|qktv|context"):
@@ -1158,6 +1175,7 @@ class Pass:
     before: list[Collective]  # in the order of time
     after: list[Collective]
     cycles: int = field(init=False)  # there are none until a cycle model has run
+    is_measured: bool = field(init=False, default=False)  # its cycles are from --gemm_cycles
 
     def __str__(self) -> str:
         return f"the {self.name} pass of {self.layer.name}"
@@ -1410,6 +1428,15 @@ class Plan:
         return gemms
 
     @property
+    def gemms_to_time(self) -> dict[Gemm, Pass]:
+        """Those of passes whose cycles were not measured elsewhere."""
+        gemms: dict[Gemm, Pass] = {}
+        for layer_pass in self.passes:
+            if isinstance(layer_pass.work, Gemm) and not layer_pass.is_measured:
+                gemms.setdefault(layer_pass.work, layer_pass)
+        return gemms
+
+    @property
     def embedding_position(self) -> int:
         """The number of layers above the embedding."""
         types = [layer_plan.layer.type for layer_plan in self.layers]
@@ -1430,8 +1457,8 @@ class Plan:
         """Warn of images that are split, and of groups that are."""
         for layer_plan in self.layers:
             layer, dp = layer_plan.layer, layer_plan.dp
-            if layer.minibatch is not None and layer.minibatch < dp:
-                what = f"{plural(layer.minibatch, 'image')} over {dp} NPUs"
+            if layer.images is not None and layer.images < dp:
+                what = f"{plural(layer.images, 'image')} over {dp} NPUs"
                 advice = "--minibatch is the number of images of all NPUs"
                 warn(f"{layer.name}: {what}, so that an image is split by pixels; {advice}")
                 break
@@ -1510,11 +1537,11 @@ class Plan:
             warn(f"{len(names_by_share) - 8} more sizes are not divisible")
 
     def set_cycles(self, gemm_cycles: dict[Gemm, int], bandwidth: int) -> None:
-        """Give each pass its cycles, from those of its GEMM."""
+        """Give each pass that has none its cycles, from those of its GEMM."""
         for layer_pass in self.passes:
             if isinstance(layer_pass.work, Lookups):
                 layer_pass.cycles = layer_pass.work.cycles(bandwidth)
-            else:
+            elif not layer_pass.is_measured:
                 layer_pass.cycles = layer_pass.count * gemm_cycles[layer_pass.work]
 
     def warn_of_rounding(self, precisions: dict[Clock, str]) -> None:
@@ -1634,6 +1661,10 @@ class Accelerator(NamedTuple):
         folds = divide_up(along_rows, self.rows) * divide_up(along_columns, self.columns)
         fold_cycles = load + self.rows + self.columns + streamed - 2
         return max(1, folds * fold_cycles - 1)
+
+    def transfer_cycles(self, gemm: Gemm) -> int:
+        """Return the cycles in which the memory moves each operand of a GEMM once."""
+        return divide_up(gemm.elements, self.bandwidth)
 
     def warn_of_lookups(self, plan: Plan) -> None:
         """Warn of lookups at a bandwidth that nobody chose."""
@@ -1790,6 +1821,65 @@ class Config:
         return text.getvalue()
 
 
+# --- Cycles measured elsewhere
+
+
+class MeasuredCycles:
+    """The table of --gemm_cycles: GEMMs, and the cycles of so many of each."""
+
+    NEEDED = ("M", "N", "K", "cycles")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cycles: dict[tuple[int, Gemm], int] = {}  # by how many GEMMs, and which
+        (where, header), *rows = csv_rows(path) or [(f"{path}:1", [])]
+        spellings = {name.lower(): name for name in (*self.NEEDED, "count", "type")}
+        names = [spellings.get(cell.lower(), cell) for cell in header]
+        for name in self.NEEDED:
+            if names.count(name) != 1:
+                what = f"{plural(names.count(name), 'column')} {name}"
+                raise UserError(f"{where}: {what}, expected {','.join(self.NEEDED)}")
+        for where, cells in rows:
+            self.read_line(TableLine(where, dict(zip(names, cells))))
+
+    def read_line(self, line: TableLine) -> None:
+        """Read a GEMM; skip what layers.csv has beside those."""
+        count = 1
+        if line.text("count"):
+            count = line.size("count", least=0)
+        if count == 0 or line.text("type").upper() == "EMBEDDING":
+            return
+        for column in self.NEEDED:
+            if not line.text(column):
+                raise UserError(f"{line.where}: no {column}, expected {','.join(self.NEEDED)}")
+        gemm = Gemm(line.size("M"), line.size("N"), line.size("K"))
+        cycles = line.size("cycles")
+        known = self.cycles.setdefault((count, gemm), cycles)
+        if known != cycles:
+            what = f"{cycles} cycles for {count} × {gemm}, and {known} above"
+            raise UserError(f"{line.where}: {what}, expected one value")
+
+    def set_cycles(self, plan: Plan) -> str:
+        """Give passes of a plan the cycles that the table has of them; return how many it has."""
+        found = set()
+        for layer_pass in plan.passes:
+            work, count = layer_pass.work, layer_pass.count
+            if not isinstance(work, Gemm):
+                continue
+            if (count, work) in self.cycles:
+                layer_pass.cycles = self.cycles[count, work]
+            elif (1, work) in self.cycles:
+                layer_pass.cycles = count * self.cycles[1, work]
+            else:
+                continue
+            layer_pass.is_measured = True
+            found.add(work)
+        if not found:
+            warn(f"{self.path} has none of the GEMMs of this run")
+        gemms = plural(len(plan.gemms), "distinct GEMM")
+        return f"cycles of {len(found)} of {gemms} are from {self.path}"
+
+
 # --- Cycle models: from a plan's distinct GEMMs to their cycles
 
 
@@ -1812,11 +1902,15 @@ class CycleModel(ABC):
 
     @abstractmethod
     def cycles(self, plan: Plan) -> Timing:
-        """Return the cycles of each GEMM."""
+        """Return the cycles of each GEMM whose cycles were not measured."""
 
     def forecast(self, plan: Plan) -> Timing:
         """Return the same or, if it takes long, estimates and what it takes."""
         return self.cycles(plan)
+
+    def notes(self, _: Plan) -> list[str]:
+        """Return what to print below the totals of a plan that has its cycles."""
+        return []
 
 
 class AnalyticalModel(CycleModel):
@@ -1824,16 +1918,60 @@ class AnalyticalModel(CycleModel):
 
     title = version = "analytical"
 
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, _: Settings, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         if accelerator.counts_stalls:
             what = f"{accelerator.config_source}: InterfaceBandwidth is USER"
             warn(f"{what}: without its stalls analytical cycles are a lower bound")
 
     def cycles(self, plan: Plan) -> Timing:
-        """Return the cycles of each GEMM."""
-        cycles = {gemm: self.accelerator.stall_free_cycles(gemm) for gemm in plan.gemms}
+        """Return the cycles of each GEMM whose cycles were not measured."""
+        cycles = {gemm: self.accelerator.stall_free_cycles(gemm) for gemm in plan.gemms_to_time}
         return Timing(cycles, self.title)
+
+
+class RooflineModel(CycleModel):
+    """Cycles by the array's formula or, if that takes longer, by the memory's bandwidth.
+
+    By Williams et al., "Roofline: An Insightful Visual Performance Model" (2009). Each operand is
+    moved once, at one bandwidth for all three.
+    """
+
+    title = version = "roofline"
+
+    def __init__(self, _: Settings, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        if not accelerator.has_chosen_bandwidth:
+            what = "--cycle_model=roofline needs the Bandwidth of the memory"
+            expected = "expected a --scalesim_config with Bandwidth, in elements a cycle"
+            raise UserError(f"{what}, {expected}")
+
+    def cycles(self, plan: Plan) -> Timing:
+        """Return the cycles of each GEMM whose cycles were not measured."""
+        cycles = {}
+        for gemm in plan.gemms_to_time:
+            accelerator = self.accelerator
+            cycles[gemm] = max(
+                accelerator.stall_free_cycles(gemm), accelerator.transfer_cycles(gemm)
+            )
+        return Timing(cycles, self.title)
+
+    def notes(self, plan: Plan) -> list[str]:
+        """Return what part of a plan the memory bounds."""
+        bound = [layer_pass for layer_pass in plan.passes if self.is_bound_by_memory(layer_pass)]
+        cycles = sum(layer_pass.cycles for layer_pass in bound)
+        part = cycles / sum(layer_pass.cycles for layer_pass in plan.passes)
+        passes = f"{len(bound):,} of {plural(len(plan.passes), 'pass')}"
+        return [f"the memory bounds {passes}, {part:.1%} of the compute time"]
+
+    def is_bound_by_memory(self, layer_pass: Pass) -> bool:
+        """Tell whether moving data takes longer than computing; lookups do nothing else."""
+        if not isinstance(layer_pass.work, Gemm):
+            return layer_pass.cycles > 0
+        if layer_pass.is_measured:
+            return False
+        stall_free = self.accelerator.stall_free_cycles(layer_pass.work)
+        return self.accelerator.transfer_cycles(layer_pass.work) > stall_free
 
 
 # --- SCALE-Sim: one process for each GEMM; finished simulations; many at once
@@ -2471,7 +2609,7 @@ class SimulatedModel(CycleModel):
     def tasks(self, plan: Plan) -> list[Task]:
         """Return each distinct GEMM with estimates of its simulation, the longest first."""
         tasks = []
-        for gemm, layer_pass in plan.gemms.items():
+        for gemm, layer_pass in plan.gemms_to_time.items():
             tasks.append(self.scalesim.task(gemm, first_use=str(layer_pass)))
         return sorted(tasks, key=lambda task: -task.cycles)
 
@@ -2519,9 +2657,13 @@ class SimulatedModel(CycleModel):
 MODELS: dict[str, type[CycleModel]] = {
     "simulated": SimulatedModel,
     "analytical": AnalyticalModel,
+    "roofline": RooflineModel,
 }
 flags.DEFINE_enum(
-    "cycle_model", "simulated", [*MODELS], "Cycles from SCALE-Sim, or from its formula."
+    "cycle_model",
+    "simulated",
+    [*MODELS],
+    "Cycles from SCALE-Sim, from its formula, or from that and the memory's bandwidth.",
 )
 
 
@@ -2814,6 +2956,7 @@ class Report:
         "inference",
         "sharding_strategy",
         "cycle_model",
+        "gemm_cycles",
         "time_unit",
         "clock_mhz",
         "compute_forward",
@@ -2857,6 +3000,8 @@ class Report:
         if len(degrees) == 1:
             dp, mp = degrees.pop()
             system += f", dp {dp} x mp {mp}"
+        if settings.minibatch > 1:
+            system += f", minibatch {settings.minibatch:,}"
         array = f"{accelerator.rows} x {accelerator.columns} array, {accelerator.dataflow}"
         array += f", {self.model.title}"
         if settings.clock_mhz:
@@ -2890,7 +3035,7 @@ class Report:
             table.append(line)
         if any(layer_plan.uneven_shares for layer_plan in self.plan.layers):
             table.append("* a size is not divisible: NPUs have different shares")
-        return [*self.title(), *table, *self.printed_totals()]
+        return [*self.title(), *table, *self.printed_totals(), *self.model.notes(self.plan)]
 
     def printed_pass(self, layer_pass: Pass) -> list[list[str]]:
         """Return the row of a pass, and those of its further collectives."""
@@ -2978,7 +3123,6 @@ class Report:
         """Return this run's row of the summary: the settings and results that are columns of it."""
         plan = self.plan
         values = self.settings._asdict()
-        values["minibatch"] = plan.layers[0].layer.minibatch  # none with a table of GEMMs
         values["scalesim_version"] = self.model.version
         values["array"] = f"{self.accelerator.rows}x{self.accelerator.columns}"
         values["dataflow"] = self.accelerator.dataflow
@@ -3056,6 +3200,9 @@ class Output:
         uses = {resolved(settings.mnk): "--mnk"}
         if settings.scalesim_config:
             uses[resolved(settings.scalesim_config)] = "--scalesim_config"
+        own_layers = resolved(settings.run_folder / "layers.csv")
+        if settings.gemm_cycles and resolved(settings.gemm_cycles) != own_layers:
+            uses[resolved(settings.gemm_cycles)] = "--gemm_cycles"
         outputs = []
         if settings.output_file:
             outputs.append((settings.output_file, "--output_file"))
@@ -3143,7 +3290,7 @@ class Output:
     def printed(self, done: str) -> list[str]:
         """Return what was written."""
         settings = self.settings
-        lines = [done]
+        lines = [f"wrote no workload file, as only traces can hold this run: {done}"]
         if output := settings.output_file:
             if not is_device(output):
                 output = output.resolve()
@@ -3181,6 +3328,9 @@ def run(settings: Settings) -> None:
     plan.check()
     accelerator = Config.read(settings.scalesim_config).accelerator()
     accelerator.warn_of_lookups(plan)
+    measured = []
+    if settings.gemm_cycles:
+        measured.append(MeasuredCycles(settings.gemm_cycles).set_cycles(plan))
     model = MODELS[settings.cycle_model](settings, accelerator)
     report = Report(settings, plan, accelerator, model)
     output = Output(settings, report)
@@ -3196,13 +3346,13 @@ def run(settings: Settings) -> None:
 
     what = f"{plural(len(plan.layers), 'layer')}, {plural(len(plan.gemms), 'distinct GEMM')}"
     if settings.dry_run:
-        done = [f"dry run with estimated cycles: {what}, nothing written", *timing.cost]
+        done = [f"dry run with {timing.source} cycles: {what}, nothing written", *timing.cost]
     else:
         trace = Trace(settings, chakra).contents(plan) if chakra else b""
         output.write(workload_text(plan, settings), trace)
         seconds = time.monotonic() - started
         done = output.printed(f"{what} ({timing.source}), {seconds:.1f} s")
-    print_results([*report.printed(), *done])
+    print_results([*report.printed(), *measured, *done])
 
 
 def main(argv: Sequence[str]) -> int:

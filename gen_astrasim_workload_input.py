@@ -52,7 +52,6 @@ from typing import Any, ClassVar, NamedTuple
 
 try:
     from absl import app, flags
-    from tqdm import tqdm
 except ImportError as missing:
     sys.exit(f"error: no {missing.name} in {sys.executable}: pip install -r requirements.txt")
 
@@ -74,8 +73,12 @@ def printable(text: str) -> str:
 def say(kind: str, message: str) -> None:
     """Print one line to stderr, unless it is closed."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())  # some libraries' errors have several
+    line = f"{kind}: {printable(line)}"
     with suppress(OSError, ValueError):
-        tqdm.write(f"{kind}: {printable(line)}", file=sys.stderr)
+        if "tqdm" in sys.modules:  # imported only where there may be a bar to print above
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -2535,6 +2538,11 @@ class Progress:
     """Says how far simulations are: in a line at the start, then in a bar or a line a minute."""
 
     def __init__(self, tasks: list[Task], time_range: str) -> None:
+        try:
+            from tqdm import tqdm  # takes a tenth of a warm run
+        except ImportError:
+            raise UserError("simulating needs tqdm: pip install -r requirements.txt") from None
+
         self.number = len(tasks)
         self.finished = 0
         self.started = self.last_line = time.monotonic()

@@ -276,6 +276,14 @@ flags.DEFINE_enum(
     "How layers are partitioned across NPUs.",
     case_sensitive=False,
 )
+flags.DEFINE_bool("inference", False, "Forward passes only.")
+flags.DEFINE_enum(
+    "sharding_strategy",
+    "NO_SHARD",
+    ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"],
+    "FSDP: what data parallelism shards, named as in PyTorch; for traces only.",
+    case_sensitive=False,
+)
 flags.DEFINE_integer("num_npus", 8, "NPUs in the whole system.", 1, INT_MAX)
 flags.DEFINE_alias("num_npu", "num_npus")
 flags.DEFINE_integer("num_packages", 1, "Packages that hold the NPUs.", 1)
@@ -285,14 +293,6 @@ flags.DEFINE_string("output_file", "workload.txt", "The workload text file.")
 flags.DEFINE_string("run_name", "", "Folder in outputs/<parallel>; by default the table's name.")
 flags.DEFINE_string("scalesim_path", "", "A SCALE-Sim folder; by default the installed package.")
 flags.DEFINE_string("scalesim_config", "", "A SCALE-Sim config; by default a 256 x 256 array.")
-flags.DEFINE_bool("inference", False, "Forward passes only.")
-flags.DEFINE_enum(
-    "sharding_strategy",
-    "NO_SHARD",
-    ["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"],
-    "FSDP: what data parallelism shards, named as in PyTorch; for traces only.",
-    case_sensitive=False,
-)
 # --cycle_model is defined below the cycle models.
 flags.DEFINE_string("gemm_cycles", "", "A CSV of GEMMs whose cycles were measured elsewhere.")
 flags.DEFINE_integer("jobs", None, "SCALE-Sim processes at once; by default one for each CPU.", 1)

@@ -2543,6 +2543,7 @@ class Progress:
         except ImportError:
             raise UserError("simulating needs tqdm: pip install -r requirements.txt") from None
 
+        tqdm.get_lock()  # type: ignore[no-untyped-call] # a Ctrl-C while it is made would be lost
         self.number = len(tasks)
         self.finished = 0
         self.started = self.last_line = time.monotonic()

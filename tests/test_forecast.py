@@ -15,7 +15,9 @@ import gen_astrasim_workload_input as tool
 from helpers import (
     FAST,
     GOOD_REPORT,
+    accelerator_of,
     fake_v2,
+    inside,
     run,
     seen_on_a_terminal,
     settings,
@@ -27,12 +29,13 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 Dry = Callable[..., tuple[int, int]]
 
 
-def simulated(folder: Path, **changes: Any) -> tool.Settings:
-    """Return settings for the stand-in of `dry`, on one NPU, with a cache."""
+def run_here(folder: Path, **changes: Any) -> None:
+    """Run in this process with the stand-in of `dry`, on one NPU, with a cache."""
     values = {"cycle_model": "simulated", "num_npus": 1, "num_packages": 1, "jobs": 1}
     values |= {"mnk": folder / "large.csv", "scalesim_path": folder / "fake"}
     values |= {"cache_dir": folder / "cache"}
-    return settings(folder, **{**values, **changes})
+    with inside(folder):
+        tool.run(settings(folder, **{**values, **changes}))
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Dry:
 
     def seconds(**changes: Any) -> tuple[int, int]:
         capsys.readouterr()
-        tool.generate(simulated(tmp_path, dry_run=True, **changes))
+        run_here(tmp_path, dry_run=True, **changes)
         last = capsys.readouterr().out.splitlines()[-1]
         said = TIME.fullmatch(last)
         assert said, last
@@ -72,7 +75,7 @@ def test_more_gemms_in_the_cache_leave_less_time(dry: Dry, tmp_path: Path) -> No
     write_table(whole, *layers)
     write_table(half, *layers[:4])
     low, high = dry(mnk=whole)
-    tool.generate(simulated(tmp_path, mnk=half, jobs=2))
+    run_here(tmp_path, mnk=half, jobs=2)
     left_low, left_high = dry(mnk=whole)
     assert left_low < low / 1.5
     assert left_high < high / 1.5
@@ -81,9 +84,9 @@ def test_more_gemms_in_the_cache_leave_less_time(dry: Dry, tmp_path: Path) -> No
 def test_a_plan_that_is_all_in_the_cache_has_no_time_to_take(
     dry: Dry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tool.generate(simulated(tmp_path, mnk=tmp_path / "small.csv"))
+    run_here(tmp_path, mnk=tmp_path / "small.csv")
     capsys.readouterr()
-    tool.generate(simulated(tmp_path, mnk=tmp_path / "small.csv", dry_run=True))
+    run_here(tmp_path, mnk=tmp_path / "small.csv", dry_run=True)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "1 in the cache, 0 to simulate: 0 estimated cycles"
 
@@ -105,7 +108,7 @@ def test_simulations_of_another_config_or_scalesim_do_not_count(
     paths = {name: value and tmp_path / value for name, value in changes.items()}
     small = {"mnk": tmp_path / "small.csv"}
     before = dry(**small)
-    tool.generate(simulated(tmp_path, **small))
+    run_here(tmp_path, **small)
     assert dry(**small, **paths) == before
 
 
@@ -123,7 +126,7 @@ def test_simulations_of_another_config_or_scalesim_do_not_count(
 def test_nonsense_for_an_entry_counts_as_none(text: str, dry: Dry, tmp_path: Path) -> None:
     small = {"mnk": tmp_path / "small.csv"}
     before = dry(**small)
-    tool.generate(simulated(tmp_path, **small))
+    run_here(tmp_path, **small)
     next(tmp_path.glob("cache/*/8x8x8.json")).write_text(text)
     assert dry(**small) == before
 
@@ -143,8 +146,8 @@ DATAFLOWS = ["os", "ws", "is"]
 
 def cost(gemm: tool.Gemm, **changes: Any) -> tuple[int, float]:
     """Return the cycles and seconds that a simulation is estimated to take."""
-    array = tool.read_architecture(None)._replace(**changes)
-    return tool.analytical_cycles(gemm, array), tool.estimated_seconds(gemm, array)
+    task = tool.ScaleSim(None, accelerator_of()._replace(**changes)).task(gemm, "")
+    return task.cycles, task.seconds
 
 
 def are_growing(numbers: tuple[float, ...]) -> bool:

@@ -63,9 +63,8 @@ def test_update_time_is_the_last_number_of_a_layer(tmp_path: Path) -> None:
 def run_folder(tmp_path: Path) -> Path:
     """Return the run folder of a layer whose name needs quotes."""
     mnk = write_table(tmp_path / "my.layers.csv", '"a,""b",64,20,30')
-    folder = tmp_path / "deep" / "er"
-    generate(tmp_path, mnk=mnk, run_folder=folder)
-    return folder
+    generate(tmp_path, mnk=mnk, run_name="deep/er")
+    return tmp_path / "outputs/DATA/deep/er"
 
 
 def test_the_files_of_the_run_folder(run_folder: Path) -> None:

@@ -51,6 +51,9 @@ try:
 except ImportError as missing:
     sys.exit(f"error: no {missing.name} in {sys.executable}: pip install -r requirements.txt")
 
+# tqdm would make its lock at its first use, where a Ctrl-C in that moment is lost.
+tqdm.get_lock()  # type: ignore[no-untyped-call]
+
 
 # Everything is defined above its first use. `run`, near the end, tells the whole story.
 
@@ -945,7 +948,7 @@ class Table(NamedTuple):
 class Pass:
     """One NPU's part of a pass of a layer: collectives, what it computes, more collectives."""
 
-    cycles: int  # of its computing; there is none until a cycle model has run
+    cycles = 0  # of its computing, once a cycle model has run
 
     def __init__(
         self,
@@ -1546,18 +1549,17 @@ class ScaleSim:
     LAYOUT = f"{'-,' * 21}\ngemm,{'1,' * 20}\n"  # v3 reads one even when layouts are off
     LOG = "scalesim.log"
     V1_MEMORY = 60_000_000  # bytes; v1 keeps its traces on disk
+    PROGRAM = (  # as text, made here, since a Dask worker does not have this script
+        "import gc, inspect, os, runpy, shutil, sys, threading\n"
+        "from pathlib import Path\n"
+        "from typing import Any\n"
+        f"{inspect.getsource(run_scalesim)}\n"
+        "run_scalesim(*sys.argv[1:])"
+    )
 
     def __init__(self, path: Path | None, accelerator: Accelerator) -> None:
         self.path = path
         self.accelerator = accelerator
-        # As text, since a Dask worker does not have this script.
-        self.program = (
-            "import gc, inspect, os, runpy, shutil, sys, threading\n"
-            "from pathlib import Path\n"
-            "from typing import Any\n"
-            f"{inspect.getsource(run_scalesim)}\n"
-            "run_scalesim(*sys.argv[1:])"
-        )
         if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
             self.version = "1"
             self.folder = path  # that Python imports it from
@@ -1623,7 +1625,7 @@ class ScaleSim:
             "gemm.csv": topology([("gemm", gemm)]),
             "layout.csv": self.LAYOUT,
         }
-        python = [sys.executable, "-BXutf8", "-c", self.program]
+        python = [sys.executable, "-BXutf8", "-c", self.PROGRAM]
         arguments = [self.version, str(self.folder_here())]
         with tempfile.TemporaryDirectory(
             prefix="gen_astrasim_", ignore_cleanup_errors=True

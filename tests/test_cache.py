@@ -230,39 +230,6 @@ def test_interrupted_without_a_cache(tmp_path: Path, base: list[str]) -> None:
     assert result.err == "interrupted: 0 of 12 GEMMs are finished, not cached\n"
 
 
-def test_more_ctrl_c_while_it_ends_disturb_nothing(tmp_path: Path, base: list[str]) -> None:
-    """Pressed as fast as can be: it still waits for its SCALE-Sim processes and cleans up."""
-    fake = fake_v2(tmp_path / "slow", STUCK)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    flags = [*base, f"--scalesim_path={fake}", "--jobs=3"]
-    for gap in (0.0, 0.001, 0.005):
-        running = start(tmp_path, *flags, env={"TMPDIR": str(temporary)})
-        wait_until_begun(running, 2, tmp_path / "cache", fake)
-        while running.poll() is None:
-            running.send_signal(signal.SIGINT)
-            time.sleep(gap)
-        assert processes(fake) == []
-        assert list(temporary.iterdir()) == []
-        status, _, said = ended(running)
-        assert status == -signal.SIGINT
-        assert len(said.splitlines()) == 1, said
-        assert said.startswith("interrupted: ")
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("flag", ["--num_npus=2", "--mnk=missing.csv"])
-def test_a_signal_after_the_end_is_not_swallowed(
-    sent: signal.Signals, flag: str, tmp_path: Path
-) -> None:
-    """Neither after the work nor after an error: sent here when Python is being taken down."""
-    program = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(sent)}))"
-    result = ended(start_command(tmp_path, after(program, FAST, flag)))
-    assert result.status == -sent
-    assert "Traceback" not in result.err
-    assert (tmp_path / "workload.txt").exists() == (flag == "--num_npus=2")
-
-
 # Bash goes on with a loop after a mere status of 130: it looks for a death by the signal.
 LOOP = 'for i in 1 2 3; do "$@"; echo "point $i: $?"; done'
 

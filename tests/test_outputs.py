@@ -149,19 +149,6 @@ def nearly_full(folder: Path) -> tuple[Path, int]:
     return folder, size + len(row) // 2
 
 
-def test_no_room_for_a_row_leaves_all_results_as_they_were(nearly_full: tuple[Path, int]) -> None:
-    folder, size = nearly_full
-    results = ["s.csv", "workload.txt", *(f"x.{npu}.et" for npu in range(8))]
-    before = [(folder / name).read_bytes() for name in results]
-    flags = ["--mnk=t.csv", "--summary_csv=s.csv", "--num_npus=8", "--datatype_size=4"]
-    flags += ["--chakra_et=x", "--clock_mhz=1"]
-    result = limited(folder, size, FAST, *flags)
-    assert is_one_error_line(result), result
-    assert result.err == f"error: {folder}/s.csv: File too large\n"
-    assert [(folder / name).read_bytes() for name in results] == before
-    assert not list(folder.glob(".*")), "nothing half made is left"
-
-
 def test_no_room_for_a_trace_leaves_all_results_as_they_were(folder: Path) -> None:
     results = ["s.csv", "workload.txt", *(f"x.{npu}.et" for npu in range(8))]
     before = [(folder / name).read_bytes() for name in results]

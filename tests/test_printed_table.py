@@ -100,33 +100,6 @@ def test_even_layers_need_no_explanation(
 # --- Blocks that repeat
 
 
-@pytest.mark.parametrize(
-    ("kinds", "expected"),
-    [
-        pytest.param("aaa", ["3 × 0 ... 2"], id="one layer"),
-        pytest.param("aabaaa", ["2 × 0 ... 1", "2", "3 × 3 ... 5"], id="twice"),
-        pytest.param("abcbcbcd", ["0", "3 × 1 ... 5", "3 × 2 ... 6", "7"], id="two layers"),
-        pytest.param("abc", ["0", "1", "2"], id="none"),
-    ],
-)
-def test_repeated_blocks_are_shown_once_in_the_networks_order(
-    kinds: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [f"{index},{16 * ord(kind)},16,16" for index, kind in enumerate(kinds)]
-    assert labels(tmp_path, capsys, *rows) == expected
-
-
-def test_a_block_of_32_layers_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"{index},{16 + 16 * (index % 32)},16,16" for index in range(64)]
-    expected = [f"2 × {index} ... {index + 32}" for index in range(32)]
-    assert labels(tmp_path, capsys, *rows) == expected
-
-
-def test_a_block_of_33_layers_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"{index},{16 + 16 * (index % 33)},16,16" for index in range(66)]
-    assert labels(tmp_path, capsys, *rows) == [str(index) for index in range(66)]
-
-
 @pytest.mark.parametrize("parallel", ["DATA", "MODEL"])
 def test_layers_with_other_ifmaps_are_not_merged(
     parallel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -178,21 +178,6 @@ BAD_CONFIGS = [
         id="an unknown dataflow",
     ),
     pytest.param(
-        with_value("IfmapSramSzkB", "x"),
-        "IfmapSramSzkB is 'x', expected a whole number >= 1",
-        id="an SRAM that is a word",
-    ),
-    pytest.param(
-        with_value("OfmapOffset", "-1"),
-        "OfmapOffset is '-1', expected a whole number >= 0",
-        id="a negative offset",
-    ),
-    pytest.param(
-        with_value("FilterSRAMBankNum", "1.5"),
-        "FilterSRAMBankNum is '1.5', expected a whole number >= 1",
-        id="half a bank",
-    ),
-    pytest.param(
         with_value("Bandwidth", "10,x"),
         "Bandwidth is '10,x', expected a whole number >= 1",
         id="a bandwidth that is a word",
@@ -238,29 +223,6 @@ BAD_CONFIGS = [
         id="banks of the memory",
     ),
     pytest.param(
-        with_line("memory_map_files", "ifmap: x.csv"),
-        "unknown section [memory_map_files], expected general, architecture_presets, layout",
-        id="a memory map",
-    ),
-    pytest.param(
-        with_line("architecture_presets", "Bandwith: 3"),
-        "unknown key 'bandwith' in [architecture_presets], did you mean bandwidth?",
-        id="a key with a slip",
-    ),
-    pytest.param(
-        with_line("sparsity", "Colour: red"),
-        "unknown key 'colour' in [sparsity], expected sparsitysupport, ",
-        id="an unknown key",
-    ),
-    pytest.param(
-        with_line("run_preset", "Colour: red"),
-        "unknown section [run_preset], did you mean run_presets?",
-        id="a section with a slip",
-    ),
-    pytest.param(
-        with_line("DEFAULT", "Colour: red"), "unknown section [DEFAULT], expected", id="DEFAULT"
-    ),
-    pytest.param(
         with_line("run_presets", "Bandwidth: 3"),
         "Bandwidth stands in [run_presets], expected in [architecture_presets]",
         id="a key in another section",
@@ -301,7 +263,6 @@ def test_a_config_that_does_not_serve_is_refused_at_once(
         ("UseRamulatorTrace", "True"),
         ("SparsitySupport", "true"),
         ("MemoryBanks", "2"),
-        ("FilterSramSzkB", "x"),
         ("ArrayHeight", "8,64"),
         ("ArrayWidth", "0"),
         ("Dataflow", "rs"),
@@ -311,59 +272,6 @@ def test_a_config_is_refused_also_where_scalesim_does_not_run(
     key: str, value: str, flag: str, tmp_path: Path
 ) -> None:
     check_refusal(tmp_path, with_value(key, value), f"{key} is '{value}', expected ", flag)
-
-
-HARMLESS_LINES = [
-    ("architecture_presets", "MemoryMap: none"),
-    ("architecture_presets", "OnChipMemoryBanks: 4"),
-    ("sparsity", "SparseRep: ellpack_block"),
-    ("sparsity", "BlockSize: 4"),
-    ("network_presets", "TopologyCsvLoc: missing"),
-]
-
-
-@pytest.mark.parametrize(("section", "line"), HARMLESS_LINES)
-def test_a_key_of_scalesims_own_configs_that_changes_nothing_is_let_be(
-    section: str, line: str, tmp_path: Path
-) -> None:
-    (tmp_path / "c.cfg").write_text(with_line(section, line))
-    result = run(tmp_path, FAST, "--scalesim_config=c.cfg")
-    assert (result.status, result.err) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("version", "config", "lacking"),
-    [
-        ("installed", without("UseRamulatorTrace"), "UseRamulatorTrace"),
-        (
-            "installed",
-            without("IfmapSramSzkB", "SparsitySupport"),
-            "IfmapSramSzkB, SparsitySupport",
-        ),
-        ("installed", without("IfmapSramSz:", "MemoryBanks"), ""),
-        (
-            "installed",
-            without("Bandwidth", "IfmapSramSzkB", "Filter", "IfmapOffset", "InterfaceBandwidth"),
-            "InterfaceBandwidth, Bandwidth, IfmapSramSzkB, FilterSramSzkB, IfmapOffset"
-            " and 5 more keys",
-        ),
-        ("2.0.2", without("UseRamulatorTrace", "MemoryBanks", "IfmapSRAMBank", "FilterC"), ""),
-        ("2.0.2", without("InterfaceBandwidth"), "InterfaceBandwidth"),
-        ("2.0", without("MemoryBanks"), "MemoryBanks"),
-    ],
-)
-def test_what_a_config_lacks_comes_from_the_built_in_one(
-    version: str, config: str, lacking: str, tmp_path: Path, release: Release
-) -> None:
-    (tmp_path / "c.cfg").write_text(config)
-    table = write_table(tmp_path / "t.csv", "a,8,4,4")
-    path = [] if version == "installed" else [f"--scalesim_path={release(version)}"]
-    flags = [f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path]
-    result = without_progress(run(tmp_path, *flags))
-    what = f"--scalesim_config lacks {lacking}, which this SCALE-Sim reads"
-    warning = f"warning: {what}: taken from the built-in config\n"
-    assert (result.status, result.err) == (0, warning if lacking else "")
-    assert (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")[2] == "773"
 
 
 def bound_by_memory(bandwidth: int) -> str:
@@ -557,52 +465,6 @@ def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
     assert not os.path.lexists(odd / "z")
 
 
-def test_a_key_that_only_a_changed_scalesim_reads(tmp_path: Path) -> None:
-    """It reaches that SCALE-Sim, and is refused with any other and with the formula."""
-    fake_v2(tmp_path / "usual", GOOD_REPORT)
-    reads = "word = [line for line in open('gemm.cfg') if line.startswith('wordbyte')]"
-    get = "lambda config: config.get(section, 'WordByte')"
-    fake_v2(tmp_path / "changed", f"{get}\n{reads}\nprint(word)\n{GOOD_REPORT}")
-    config = write_config(tmp_path / "c.cfg", 8, 8, "os")
-    config.write_text(f"{config.read_text()}WordByte: 4\n")
-    table = write_table(tmp_path / "t.csv", "a,8,8,8")
-    flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
-    assert run(tmp_path, *flags, f"--scalesim_path={tmp_path}/changed").status == 0
-    log = tmp_path / "outputs/DATA/t/gemm_8x8x8/scalesim.log"
-    assert log.read_text() == "['wordbyte = 4\\n']\n"
-    for more in (f"--scalesim_path={tmp_path}/usual", "--cycle_model=analytical"):
-        result = run(tmp_path, *flags, more)
-        assert is_one_error_line(result), result
-        assert f"error: {config}: unknown key 'wordbyte' in [architecture_presets], " in result.err
-
-
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        pytest.param(
-            "IfmapSRAMBankBandwidth: 32\nIfmapSRAMBankNum: 5\n",
-            "IfmapSRAMBankBandwidth is 32, expected a multiple of IfmapSRAMBankNum, 5",
-            id="both given",
-        ),
-        pytest.param(
-            "FilterSRAMBankNum: 6\n",
-            "FilterSRAMBankBandwidth is 64, expected a multiple of FilterSRAMBankNum, 6",
-            id="banks only",
-        ),
-    ],
-)
-def test_under_user_a_bandwidth_is_a_multiple_of_the_banks(
-    layout: str, message: str, tmp_path: Path
-) -> None:
-    """SCALE-Sim 3.0.0 stops at an assertion there."""
-    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
-    user = f"Bandwidth: 64\n[run_presets]\nInterfaceBandwidth: USER\n[layout]\n{layout}"
-    config.write_text(config.read_text() + user)
-    result = run(tmp_path, f"--scalesim_config={config}", "--dry_run")
-    assert is_one_error_line(result), result
-    assert result.err == f"error: {config}: {message}\n"
-
-
 def test_under_user_a_bandwidth_of_banks_needs_no_number_of_them(tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
     user = "[run_presets]\nInterfaceBandwidth: USER\n[layout]\nIfmapSRAMBankBandwidth: 33\n"
@@ -610,11 +472,3 @@ def test_under_user_a_bandwidth_of_banks_needs_no_number_of_them(tmp_path: Path)
     table = write_table(tmp_path / "t.csv", "a,8,8,8")
     flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
     assert run(tmp_path, *flags).status == 0
-
-
-def test_a_misspelt_key_in_another_section(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
-    config.write_text(f"{config.read_text()}[run_presets]\nBandwith: 5\n")
-    result = run(tmp_path, FAST, f"--scalesim_config={config}")
-    expected = "did you mean bandwidth in [architecture_presets]?"
-    assert result.err == f"error: {config}: unknown key 'bandwith' in [run_presets], {expected}\n"

@@ -290,7 +290,6 @@ def test_a_summary_that_cannot_be_appended_to_is_refused(what: str, tmp_path: Pa
     ("flags", "status"),
     [
         pytest.param(["--scalesim_path=fake"], 1, id="SCALE-Sim fails"),
-        pytest.param([FAST, "--output_file=/dev/full"], 1, id="no space for the text file"),
         pytest.param([FAST, "--dry_run"], 0, id="dry run"),
     ],
 )

@@ -271,7 +271,10 @@ def test_a_pass_takes_its_gemms_cycles_times_its_count(tmp_path: Path) -> None:
             id="embedding elsewhere",
         ),
         pytest.param(
-            "Layer,m,n,k,Count", "a,8,8,8,4", "Count is '4', expected none with type GEMM", id="count"
+            "Layer,m,n,k,Count",
+            "a,8,8,8,4",
+            "Count is '4', expected none with type GEMM",
+            id="count",
         ),
         *[
             pytest.param(

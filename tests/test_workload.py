@@ -22,15 +22,6 @@ from helpers import (
 TOPOLOGY_HEADER = (
     "layer name,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides,\n"
 )
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.mark.parametrize("case", sorted(GOLDEN.glob("*.txt")), ids=lambda case: case.stem)
-def test_golden(case: Path, tmp_path: Path) -> None:
-    """A new case is a new file, <mnk table>.<strategy>.txt: 16 NPUs, 2 packages, size 2."""
-    table, parallel = case.stem.split(".")
-    mnk = MNK_INPUTS / f"{table}.csv"
-    assert generate(tmp_path, mnk=mnk, parallel=parallel) == case.read_text()
 
 
 @pytest.mark.parametrize("parallel", PLAIN_AND_CUSTOMIZED)

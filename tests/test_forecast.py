@@ -214,3 +214,45 @@ def test_flags_that_the_analytical_model_ignores(flag: str, tmp_path: Path) -> N
     expected = f"warning: {name} has no effect with --cycle_model=analytical\n"
     assert (result.status, result.err) == (0, expected)
     assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
+
+
+# --- Where no terminal shows a bar
+
+
+def test_a_run_says_what_it_simulates_also_where_nobody_watches(tmp_path: Path) -> None:
+    fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
+    table = write_table(tmp_path / "t.csv", "a,8,16,24")
+    flags = [
+        f"--mnk={table}",
+        f"--scalesim_path={fake}",
+        "--num_npus=1",
+        f"--cache_dir={tmp_path}/c",
+    ]
+    line = r"simulating: 3 GEMMs, \d+ s to \d+ s, up to \d\.\d GB of memory each"
+    assert re.fullmatch(line + "\n", run(tmp_path, *flags).err)
+    assert run(tmp_path, *flags).err == "", "nothing is left to simulate"
+    assert re.match(line, seen_on_a_terminal(tmp_path, *flags[:3], "--cache_dir="))
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """The script's clock runs 40 s in each second."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nreal = time.monotonic\ntime.monotonic = lambda: 40 * real()\n"
+    )
+    fake = fake_v2(tmp_path / "fake", f"time.sleep(1)\n{GOOD_REPORT}")
+    table = write_table(tmp_path / "t.csv", "a,8,16,24", "b,32,40,48")
+    flags = [f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=1", "--jobs=1"]
+    result = run(tmp_path, *flags, env={"PYTHONPATH": str(tmp_path)})
+    assert result.status == 0
+    first, *later = result.err.splitlines()
+    assert first.startswith("simulating: 6 GEMMs, ")
+    assert 2 <= len(later) <= 5
+    for line in later:
+        assert re.fullmatch(r"simulating: \d of 6 GEMMs are finished after \d+ (s|min)", line)
+
+
+def test_a_dry_run_for_a_cluster_does_not_speak_of_this_machine(tmp_path: Path) -> None:
+    result = run(tmp_path, "--dry_run", "--dask_scheduler=tcp://nowhere:1", "--num_npus=16")
+    assert result.status == 0
+    assert " free" not in result.out
+    assert "time with a Dask worker for each GEMM: " in result.out

@@ -1,9 +1,10 @@
-"""The files of execution traces: one for each NPU, all of them or none, refused before the run."""
+"""The files of execution traces: one for each NPU, each of them whole, refused before the run."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from helpers import (
     run,
     state,
 )
+from processes import ended, start_command
 
 
 def in_et(folder: Path) -> list[Path]:
@@ -87,6 +89,34 @@ def test_older_traces_are_replaced(tmp_path: Path) -> None:
     assert len(longer) == 3 * len(shorter)
     assert all(read_trace(tmp_path / "et" / name) == shorter for name in trace_names(8))
     assert not [path for path in in_et(tmp_path) if path.name not in trace_names(16)]
+
+
+# The script, which gets a Ctrl-C when it puts its fourth trace in place.
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import gen_astrasim_workload_input as tool
+replace = os.replace
+def interrupted(source, target):
+    if str(target).endswith(".3.et"):
+        signal.raise_signal(signal.SIGINT)
+    replace(source, target)
+os.replace = interrupted
+tool.command_line()
+"""
+
+
+def test_ctrl_c_while_traces_are_put_in_place_leaves_whole_ones_and_no_workload_file(
+    tmp_path: Path,
+) -> None:
+    flags = [FAST, "--cache_dir=", "--chakra_et=et/x", "--clock_mhz=1", "--num_npus=16"]
+    command = [sys.executable, "-c", INTERRUPTED, str(SCRIPT.parent), *flags]
+    running = start_command(tmp_path, command)
+    result = ended(running)
+    assert (result.status, result.out, result.err) == (-signal.SIGINT, "", "")
+    assert [path.name for path in in_et(tmp_path)] == ["x.0.et", "x.1.et", "x.2.et"]
+    assert len(read_trace(tmp_path / "et/x.2.et")) == 20 + 7
+    assert not (tmp_path / "workload.txt").exists()
 
 
 FOLDER = " is a folder, expected a file to write"

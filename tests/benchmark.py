@@ -36,20 +36,20 @@ for npus in (1, 2, 4, 8, 16, 32, 64):
 JOBS = 2
 
 
-def plans_of(point: Point) -> list[tool.LayerPlan]:
-    """Return the plans of the example at a point."""
+def plan_of(point: Point) -> tool.Plan:
+    """Return the plan of the example at a point."""
     npus, packages, strategy = point
     chosen = helpers.settings(Path("/"), num_npus=npus, num_packages=packages, parallel=strategy)
-    return helpers.plans_of_table(chosen)
+    return helpers.plan_of_table(chosen)
 
 
 def gemms_of(points: list[Point]) -> Counter[tool.Gemm]:
     """Return how often each distinct GEMM occurs over all layers and passes of these points."""
     count: Counter[tool.Gemm] = Counter()
     for point in points:
-        for plan in plans_of(point):
-            for each in plan.passes:
-                count[each.gemm] += each.repeats
+        for each in plan_of(point).passes:
+            assert isinstance(each.work, tool.Gemm)
+            count[each.work] += each.count
     return count
 
 
@@ -61,25 +61,29 @@ def scalesim_path() -> Path | None:
 
 def scalesim() -> tool.ScaleSim:
     """Return the SCALE-Sim to measure."""
-    return tool.find_scalesim(scalesim_path(), tool.read_architecture(None).scalesim_text)
+    return tool.ScaleSim(scalesim_path(), helpers.accelerator_of())
 
 
 def original(points: list[Point], folder: Path) -> float:
     """Return the seconds of SCALE-Sim's own command line for each pass of each point."""
     found = scalesim()
-    (folder / "gemm.cfg").write_text(found.config)
+    (folder / "gemm.cfg").write_text(found.accelerator.scalesim_config)
     environment = {**os.environ, "PYTHONPATH": str(found.folder)}
     scale = [sys.executable, f"{found.folder}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
     scale += ["-p", f"{folder}/out", "-t", f"{folder}/topology.csv"]
-    if found.version == 3:
+    if found.version == "3":
         scale += ["-l", f"{folder}/layout.csv"]
     seconds = 0.0
     for point in points:
-        plans = plans_of(point)
+        plans = plan_of(point).layers
         layouts = "".join(f"{plan.layer.name},{'1,' * 20}\n" for plan in plans)
         (folder / "layout.csv").write_text(f"{'-,' * 21}\n{layouts}")
-        for index in range(3):
-            gemms = [(plan.layer.name, plan.passes[index].gemm) for plan in plans]
+        for name in tool.PASSES:
+            gemms = []
+            for plan in plans:
+                gemm = plan.passes[name].work
+                assert isinstance(gemm, tool.Gemm)
+                gemms.append((plan.layer.name, gemm))
             (folder / "topology.csv").write_text(tool.topology(gemms))
             began = time.perf_counter()
             subprocess.run(scale, cwd=folder, env=environment, check=True, capture_output=True)
@@ -94,9 +98,9 @@ def alone(gemm: tool.Gemm) -> float:
     """Return the seconds that one simulation takes by itself."""
     found = scalesim()
     began = time.perf_counter()
-    simulation = tool.simulate(found, gemm)
+    simulation = found.simulate(gemm)
     seconds = time.perf_counter() - began
-    assert tool.reported_cycles(simulation.files, found)
+    assert simulation.cycles
     return seconds
 
 

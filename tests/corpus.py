@@ -20,6 +20,7 @@ from absl import app
 from scalesim.topology_utils import topologies
 
 import gen_astrasim_workload_input as tool
+import helpers
 
 Sizes = list[tuple[int, int, int]]
 
@@ -28,7 +29,7 @@ def as_this_tool_reads(path: Path) -> Sizes | str:
     """Return m, n and k of each layer, or why there are none."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            layers = tool.read_layers(path, "DATA", 1)
+            layers = helpers.layers_of_table(path)
     except tool.UserError as error:
         return str(error)
     return [(layer.m, layer.n, layer.k) for layer in layers]

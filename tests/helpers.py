@@ -12,8 +12,8 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ PLAIN_AND_CUSTOMIZED = (*PLAIN, "HYBRID_CUSTOMIZED")
 COLLECTIVES = ("ALLGATHER", "REDUCESCATTER", "ALLREDUCE", "ALLTOALL")
 PASS_NAMES = ("forward", "input gradient", "weight gradient")
 FAST = "--cycle_model=analytical"
+PATH_FLAGS = (
+    *("mnk", "output_file", "scalesim_path", "scalesim_config"),
+    *("cache_dir", "chakra_et", "summary_csv"),
+)
 
 # Permissions do not bind root, in whose name CI may run, unless it gives up what overrides them.
 BOUND = (
@@ -86,38 +90,71 @@ def layer_of(name: str, m: int, n: int, k: int, strategy: str, **changes: Any) -
 
 def plan_of(layer: tool.Layer, chosen: tool.Settings) -> tool.LayerPlan:
     """Return what one NPU does for a layer."""
-    return tool.plan_layer(layer, chosen)
+    return tool.LayerPlan.of(layer, chosen)
 
 
-def plans_of_table(chosen: tool.Settings) -> list[tool.LayerPlan]:
-    """Return what one NPU does for each layer of the settings' table."""
-    layers = tool.read_layers(chosen.mnk, chosen.parallel, chosen.minibatch)
-    return [plan_of(layer, chosen) for layer in layers]
+def layers_of_table(mnk: Path, parallel: str = "DATA", minibatch: int = 1) -> list[tool.Layer]:
+    """Return the layers of a table."""
+    chosen = settings(mnk.parent, mnk=mnk, parallel=parallel, minibatch=minibatch)
+    return tool.Table.read(chosen).layers()
+
+
+def plan_of_table(chosen: tool.Settings) -> tool.Plan:
+    """Return what one NPU does for the settings' table."""
+    return tool.Plan(tool.Table.read(chosen).layers(), chosen)
 
 
 def gemms_of(plan: tool.LayerPlan) -> list[tuple[int, int, int]]:
-    """Return m, n and k of the GEMMs of a layer's three passes."""
-    return [(each.gemm.m, each.gemm.n, each.gemm.k) for each in plan.passes]
+    """Return m, n and k of what a layer's three passes compute."""
+    return [(each.work.m, each.work.n, each.work.k) for each in plan.passes.values()]
+
+
+def collective_of(layer_pass: tool.Pass) -> tool.Collective:
+    """Return the one collective of a pass, which comes after it, or the one that stands for none.
+
+    A workload file has room for just one.
+    """
+    assert not layer_pass.before
+    (collective,) = layer_pass.after or [tool.NO_COLLECTIVE]
+    return collective
 
 
 def collectives_of(plan: tool.LayerPlan) -> list[tuple[str, int]]:
     """Return the kind and bytes of the collectives after a layer's three passes."""
-    collectives = [each.collective for each in plan.passes]
-    return [(each.kind, each.bytes) if each else ("NONE", 0) for each in collectives]
+    collectives = [collective_of(each) for each in plan.passes.values()]
+    return [(each.kind, each.bytes) for each in collectives]
 
 
-def workload_of(plans: list[tool.LayerPlan], parallel: str) -> str:
-    """Return the workload file of plans, unchecked, each GEMM in its analytical cycles."""
-    array = tool.read_architecture(None)
-    cycles = {job.gemm: job.cycles for job in tool.distinct_jobs(plans, array)}
-    timed = tool.timed_layers(plans, cycles, array.bandwidth, tool.Clock("cycles", None))
-    return tool.workload_text(timed, parallel, 100)
+def accelerator_of(config: Path | None = None) -> tool.Accelerator:
+    """Return the accelerator of a config; without one, the built-in one."""
+    return tool.Config.read(config).accelerator()
+
+
+def workload_of(plan: tool.Plan, chosen: tool.Settings) -> str:
+    """Return the workload file of a plan, unchecked, each GEMM in its analytical cycles."""
+    accelerator = accelerator_of()
+    cycles = tool.AnalyticalModel(chosen, accelerator).cycles(plan).cycles
+    plan.set_cycles(cycles, accelerator.bandwidth)
+    return tool.workload_text(plan, chosen)
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Make this the current folder, below which a run has its run folder."""
+    before = Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def generate(folder: Path, **changes: Any) -> str:
-    """Generate with `settings`; return the workload file."""
+    """Generate in a folder with `settings`; return the workload file."""
     chosen = settings(folder, **changes)
-    tool.generate(chosen)
+    with inside(folder):
+        tool.run(chosen)
     return chosen.output_file.read_text()
 
 
@@ -143,10 +180,9 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
     """Return the flags' defaults, but analytical, without a cache, of 16 NPUs in 2 packages."""
     values: dict[str, Any] = {}
     for name in tool.Settings._fields:
-        if name in flags.FLAGS:
-            values[name] = flags.FLAGS[name].default
-            if name in tool.PATH_FLAGS:
-                values[name] = tool.absolute_path(values[name])
+        values[name] = flags.FLAGS[name].default
+    for name in PATH_FLAGS:
+        values[name] = tool.absolute_path(values[name])
     values |= {
         "num_npus": 16,
         "num_packages": 2,
@@ -154,7 +190,7 @@ def settings(folder: Path, **changes: Any) -> tool.Settings:
         "jobs": 2,
         "cache_dir": None,
         "output_file": folder / "workload.txt",
-        "run_folder": folder / "outputs" / "run",
+        "run_name": "run",
     }
     return tool.Settings(**{**values, **changes})
 

@@ -20,6 +20,7 @@ from helpers import (
     GOOD_REPORT,
     MNK_INPUTS,
     SCRIPT,
+    accelerator_of,
     fake_v2,
     is_flag_error,
     is_one_error_line,
@@ -57,7 +58,7 @@ def test_the_original_tools_command_lines(parallel: str, table: str, tmp_path: P
     [
         (
             ["--num_npus=16", "--num_packages=3"],
-            "flags num_npus=16, num_packages=3: packages must divide NPUs",
+            "flags num_npus=16, num_packages=3: NPUs are not divisible by packages",
         ),
         (["--num_npus=0"], "flag --num_npus=0: 0 is not an integer in the range [1, 2147483647]"),
         (["--num_npu=-4"], "-4 is not an integer in the range [1, 2147483647]"),
@@ -114,7 +115,7 @@ def test_a_bad_flag_is_told_by_absl_with_status_1(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--flagfile=nul"], "error: path 'a\\x00b', expected one without a NUL character"),
+        (["--flagfile=nul"], "error: path 'a\\x00b', expected no NUL character"),
         (["example.csv"], "unexpected argument 'example.csv', expected --name=value"),
         (["--mnk=~nobody_here/t.csv"], "/~nobody_here/t.csv: No such file or directory"),
         (["--mnk=missing.csv"], "/missing.csv: No such file or directory"),
@@ -130,7 +131,7 @@ def test_a_bad_flag_is_told_by_absl_with_status_1(
         ),
         (
             ["--output_file=outputs/DATA/example/layers.csv"],
-            "/layers.csv is a file of the run folder and --output_file, expected another file",
+            "/layers.csv is --output_file and a file of the run folder, expected another file",
         ),
         (["--output_file=there"], "/there is a folder, expected a file to write"),
         (["--output_file=outputs/DATA"], "/outputs/DATA is a folder, expected a file to write"),
@@ -155,7 +156,7 @@ def test_help_lists_every_flag_on_stdout(tmp_path: Path) -> None:
     assert result.err == ""
     assert result.out.startswith("Turn a table of layers")
     listed = re.findall(r"^  --(?:\[no\])?(\w+):", result.out, re.MULTILINE)
-    assert set(listed) == {*tool.Settings._fields, "num_npu"} - {"run_folder"}
+    assert set(listed) == {*tool.Settings._fields, "num_npu"}
 
 
 @pytest.mark.parametrize(
@@ -361,13 +362,13 @@ def test_what_cannot_be_written_is_refused_before_anything_is_simulated(
     assert not (tmp_path / "cache").exists()
 
 
-def test_at_most_eight_warnings_of_sizes_that_do_not_divide(tmp_path: Path) -> None:
+def test_at_most_eight_warnings_of_sizes_that_are_not_divisible(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", *(f"l{m},{m},16,16" for m in range(17, 31)))
     result = run(tmp_path, FAST, f"--mnk={table}", "--num_npus=16")
     warnings = result.err.splitlines()
     assert (result.status, len(warnings)) == (0, 9)
-    assert warnings[0] == "warning: l17: m = 17 does not divide by 16, one NPU is timed with 2"
-    assert warnings[-1] == "warning: 6 more sizes do not divide"
+    assert warnings[0] == "warning: l17: m = 17 is not divisible by 16, one NPU is timed with 2"
+    assert warnings[-1] == "warning: 6 more sizes are not divisible"
 
 
 @pytest.mark.parametrize(("given", "name"), [("mnk", "t.csv"), ("scalesim_config", "c.cfg")])
@@ -420,10 +421,9 @@ def test_dry_run_shows_the_plan_and_its_cost(tmp_path: Path) -> None:
     assert lines[-4] == f"dry run with estimated cycles: {done}"
     gemms = set(re.findall(r"(\d+)x(\d+)x(\d+)", "\n".join(lines[2:])))
     assert len(gemms) == 12
-    built_in = tool.read_architecture(None)
+    built_in = accelerator_of()
     total = sum(
-        tool.analytical_cycles(tool.Gemm(m=int(m), n=int(n), k=int(k)), built_in)
-        for m, n, k in gemms
+        built_in.stall_free_cycles(tool.Gemm(m=int(m), n=int(n), k=int(k))) for m, n, k in gemms
     )
     assert lines[-3] == f"0 in the cache, 12 to simulate: {total:,} estimated cycles"
     assert re.fullmatch(r"largest simulation: \d\.\d GB estimated, \d+\.\d GB free", lines[-2])
@@ -465,15 +465,15 @@ def test_without_a_terminal_a_line_each_minute_says_how_far_it_is(
 ) -> None:
     seconds = iter([1000, 1059, 1061, 1120, 1180])
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
-    jobs = [
-        tool.Job(
+    tasks = [
+        tool.Task(
             gemm=tool.Gemm(m=size, n=1, k=1), first_use="", cycles=9, memory=10**9, seconds=900
         )
         for size in (1, 2, 3)
     ]
-    progress = tool.Progress(jobs, "10 min to 20 min")
+    progress = tool.Progress(tasks, "10 min to 20 min")
     for finished, running in ((0, 2), (1, 2), (0, 2), (1, 1)):
-        progress.show(jobs[:finished], jobs[:running])
+        progress.show(tasks[:running], tasks[:finished])
     assert capsys.readouterr().err.splitlines() == [
         "simulating: 3 GEMMs, 10 min to 20 min, up to 1.0 GB of memory each",
         "simulating: 1 of 3 GEMMs are finished after 61 s",

@@ -12,8 +12,10 @@ from helpers import (
     FAST,
     MNK_INPUTS,
     PLAIN,
+    collective_of,
     generate,
     is_one_error_line,
+    layers_of_table,
     plan_of,
     read_like_astrasim,
     run,
@@ -21,7 +23,7 @@ from helpers import (
     write_table,
 )
 
-NEEDED = "layer, ifmap height, ifmap width, filter height, filter width, channels, num filter"
+NEEDED = "Layer, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter"
 HEADER = (
     "Layer name, IFMAP Height, IFMAP Width, Filter Height, Filter Width, Channels, Num Filter,"
     " Strides,"
@@ -39,7 +41,7 @@ Sizes = tuple[int, int, int, int]  # m, n, k, elements of the ifmaps
 
 def read(folder: Path, text: str, parallel: str = "DATA", minibatch: int = 1) -> list[Sizes]:
     (folder / "t.csv").write_bytes(text.encode())
-    layers = tool.read_layers(folder / "t.csv", parallel, minibatch)
+    layers = layers_of_table(folder / "t.csv", parallel, minibatch)
     return [(layer.m, layer.n, layer.k, layer.input_elements) for layer in layers]
 
 
@@ -112,7 +114,7 @@ def test_as_scalesims_own_reader(tmp_path: Path) -> None:
     for entry, sizes in zip(theirs.topo_arrays, theirs.layers_calculated_hyperparams):
         height, width, _, window = sizes
         expected.append((height * width, entry[6], window))
-    layers = tool.read_layers(table, "DATA", 1)
+    layers = layers_of_table(table)
     assert [(layer.m, layer.n, layer.k) for layer in layers] == expected
 
 
@@ -130,7 +132,7 @@ def test_padding_as_pytorch_counts_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "named"), [("Eh,Ew", "eh, ew"), ("E2", "e2"), ("e2,eH", "eh, e2")]
+    ("columns", "named"), [("Eh,Ew", "Eh, Ew"), ("E2", "e2"), ("e2,eH", "Eh, e2")]
 )
 def test_sizes_of_outputs_are_ignored_with_a_warning(
     columns: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,14 +146,14 @@ def test_sizes_of_outputs_are_ignored_with_a_warning(
 
 def test_titles_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read(tmp_path, lines(HEADER, "AlexNet,", *ROWS)) == SIZES
-    expected = f"warning: {tmp_path}/t.csv:2: 'AlexNet' is taken for a title\n"
+    expected = f"warning: {tmp_path}/t.csv:2: 'AlexNet' is skipped: it looks like a title\n"
     assert capsys.readouterr().err == expected
 
 
 def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
     rows = [row + strategy for row, strategy in zip(ROWS, PLAIN)]
     table = write_table(tmp_path / "t.csv", *rows, header=HEADER + "CustomizedParallelization")
-    layers = tool.read_layers(table, "HYBRID_CUSTOMIZED", 1)
+    layers = layers_of_table(table, "HYBRID_CUSTOMIZED")
     assert [layer.strategy for layer in layers] == [*PLAIN[:3]]
 
 
@@ -161,53 +163,53 @@ def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
         pytest.param(
             lines(HEADER + "Sparsity", ROWS[0] + "2:4"),
             1,
-            f"unknown column 'sparsity', expected {NEEDED}, strides, ",
+            f"unknown column 'Sparsity', expected {NEEDED}, Strides, ",
             id="Sparsity",
         ),
         pytest.param(
             lines(HEADER + "Batch Size", ROWS[0] + "4"),
             1,
-            f"unknown column 'batch size', expected {NEEDED}, strides, ",
+            f"unknown column 'Batch Size', expected {NEEDED}, Strides, ",
             id="Batch Size",
         ),
         pytest.param(
             lines(HEADER + "Paddings", ROWS[0] + "4"),
             1,
-            "unknown column 'paddings', did you mean padding?",
+            "unknown column 'Paddings', did you mean Padding?",
             id="near column",
         ),
         pytest.param(
             lines(HEADER.replace("Channels,", "")),
             1,
-            f"no column channels, expected {NEEDED}, strides",
+            f"no column Channels, expected {NEEDED}, Strides",
             id="no Channels",
         ),
         pytest.param(
             lines(HEADER.replace("Strides,", "")),
             1,
-            f"no column strides, expected {NEEDED}, strides",
+            f"no column Strides, expected {NEEDED}, Strides",
             id="no Strides",
         ),
         pytest.param(
             lines(HEADER.replace("Strides", "Stride Height")),
             1,
-            f"no column stride width, expected {NEEDED}, stride height, stride width",
+            f"no column Stride Width, expected {NEEDED}, Stride Height, Stride Width",
             id="no Stride Width",
         ),
         pytest.param(
             lines(HEADER.replace("Strides", "Stride Width")),
             1,
-            f"no column stride height, expected {NEEDED}, stride height, stride width",
+            f"no column Stride Height, expected {NEEDED}, Stride Height, Stride Width",
             id="no Stride Height",
         ),
         pytest.param(
             lines(DIRECTED + "Strides"),
             1,
-            "strides beside stride height and width, expected one kind",
+            "give Strides, or Stride Height and Stride Width",
             id="both strides",
         ),
         pytest.param(
-            lines(HEADER + "Strides"), 1, "two columns strides, expected one", id="column twice"
+            lines(HEADER + "Strides"), 1, "two columns Strides, expected one", id="column twice"
         ),
         pytest.param(
             lines(HEADER, "a,4,4,5,1,1,1,1,"),
@@ -230,19 +232,19 @@ def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
         pytest.param(
             lines(HEADER, "a,4,4,1,1,1,1,0,"),
             2,
-            "strides is '0', expected a whole number >= 1",
+            "Strides is '0', expected a whole number >= 1",
             id="stride of 0",
         ),
         pytest.param(
             lines(DIRECTED, "a,4,4,1,1,1,1,1,0,"),
             2,
-            "stride width is '0', expected a whole number >= 1",
+            "Stride Width is '0', expected a whole number >= 1",
             id="stride width of 0",
         ),
         pytest.param(
             lines(HEADER + "Padding", "a,4,4,1,1,1,1,1,-1"),
             2,
-            "padding is '-1', expected a whole number >= 0",
+            "Padding is '-1', expected a whole number >= 0",
             id="padding of -1",
         ),
         pytest.param(
@@ -282,22 +284,23 @@ def test_the_bytes_of_resnet_are_those_of_its_activations(parallel: str, tmp_pat
     rows = [list(map(int, row.split(",")[1:])) for row in path.read_text().splitlines()[1:]]
     dp = {"DATA": 16, "MODEL": 1, "HYBRID_DATA_MODEL": 2, "HYBRID_MODEL_DATA": 8}[parallel]
     chosen = settings(tmp_path, parallel=parallel, minibatch=32)
-    layers = tool.read_layers(path, parallel, 32)
+    layers = layers_of_table(path, parallel, 32)
     for layer, row in zip(layers, rows, strict=True):
         height, width, filter_height, filter_width, channels, filters, *_ = row
         plan = plan_of(layer, chosen)
-        gradient, weights = plan.input_gradient.collective, plan.weight_gradient.collective
-        assert (gradient is None) == (parallel == "DATA")
-        if gradient:
+        gradient = collective_of(plan.passes["input gradient"])
+        weights = collective_of(plan.passes["weight gradient"])
+        assert (gradient.kind == "NONE") == (parallel == "DATA")
+        if gradient.kind != "NONE":
             assert gradient.bytes == 32 * height * width * channels * 2 // dp
-        assert (weights is None) == (parallel == "MODEL")
-        if weights:
+        assert (weights.kind == "NONE") == (parallel == "MODEL")
+        if weights.kind != "NONE":
             elements = filter_height * filter_width * channels * filters
             assert weights.bytes == elements * 2 // (16 // dp)
 
 
 def test_a_table_of_gemms_is_as_it_was() -> None:
-    for layer in tool.read_layers(MNK_INPUTS / "example.csv", "DATA", 1):
+    for layer in layers_of_table(MNK_INPUTS / "example.csv"):
         assert layer.input_elements == layer.m * layer.k
         assert layer.minibatch is None
 

@@ -15,7 +15,7 @@ import pytest
 
 import gen_astrasim_workload_input as tool
 from clusters import cluster, start_worker
-from helpers import GOOD_REPORT, fake_v2, is_one_error_line, run, write_table
+from helpers import GOOD_REPORT, accelerator_of, fake_v2, is_one_error_line, run, write_table
 from processes import (
     after,
     base_flags,
@@ -42,6 +42,15 @@ def begun(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
     return running
 
 
+def first_warning(running: subprocess.Popen[str]) -> str:
+    """Wait for what the script says first, after how much it simulates."""
+    assert running.stderr
+    said = running.stderr.readline()
+    while said.startswith("simulating: "):
+        said = running.stderr.readline()
+    return said
+
+
 def test_the_same_file_from_a_local_cluster(tmp_path: Path) -> None:
     """Real SCALE-Sim; the workers get all they need by value."""
     table = write_table(tmp_path / "t.csv", "a,16,8,4", "b,8,16,12")
@@ -66,10 +75,7 @@ def test_the_same_file_from_a_local_cluster(tmp_path: Path) -> None:
 def test_workers_that_come_late_are_waited_for(tmp_path: Path, base: list[str]) -> None:
     with cluster(0, tmp_path) as (address, started):
         running = start(tmp_path, *base, f"--dask_scheduler={address}")
-        assert running.stderr
-        said = running.stderr.readline()
-        while said.startswith("simulating: "):
-            said = running.stderr.readline()
+        said = first_warning(running)
         started.append(start_worker(tmp_path, address))
         result = ended(running)
     assert said == f"warning: the Dask scheduler at {address} has no workers yet\n"
@@ -119,7 +125,7 @@ def test_a_simulation_that_fails_there_has_its_log_here(tmp_path: Path, base: li
         there = [f"--scalesim_path={tmp_path}/bad", f"--dask_scheduler={address}"]
         result = without_progress(run(tmp_path, *base, *there))
     assert is_one_error_line(result), result
-    assert "exit status 4; it last said: no luck; log: " in result.err
+    assert "exit status 4; its last output: no luck; log: " in result.err
     assert Path(result.err.rstrip().rpartition("log: ")[2]).read_text() == "no luck\n"
 
 
@@ -138,16 +144,17 @@ def test_workers_with_another_scalesim_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_worker_without_the_scalesim_folder_says_where(tmp_path: Path) -> None:
-    path = tmp_path / "gone"
-    fake_v2(path, GOOD_REPORT)
-    scalesim = tool.find_scalesim(path, "")
-    path.rename(tmp_path / "away")
-    with pytest.raises(tool.UserError) as error:
-        tool.simulate_on_worker(scalesim, tool.Gemm(m=1, n=1, k=1))
-    assert str(error.value) == (
-        f"Dask worker on {os.uname().nodename}: no SCALE-Sim in {path},"
-        " expected scale.py and run_nets.py, or scalesim/"
+def test_a_worker_without_the_scalesim_folder_says_where(tmp_path: Path, base: list[str]) -> None:
+    with cluster(0, tmp_path) as (address, started):
+        running = start(tmp_path, *base, f"--dask_scheduler={address}")
+        first_warning(running)
+        (tmp_path / "fake").rename(tmp_path / "away")
+        started.append(start_worker(tmp_path, address))
+        result = ended(running)
+    assert is_one_error_line(result), result
+    assert result.err == (
+        f"error: Dask worker on {os.uname().nodename}: no SCALE-Sim in {tmp_path}/fake,"
+        " expected scale.py and run_nets.py, or scalesim/\n"
     )
 
 
@@ -204,8 +211,9 @@ def test_a_local_mishap_is_not_blamed_on_the_cluster(tmp_path: Path, base: list[
 
 def test_dask_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    scalesim = tool.find_scalesim(fake_v2(tmp_path / "fake", GOOD_REPORT), "")
-    with pytest.raises(tool.UserError) as error, tool.dask_pool(scalesim, "tcp://127.0.0.1:9"):
+    scalesim = tool.ScaleSim(fake_v2(tmp_path / "fake", GOOD_REPORT), accelerator_of())
+    pool = tool.DaskPool(scalesim, "tcp://127.0.0.1:9")
+    with pytest.raises(tool.UserError) as error, pool.started():
         pass
     assert str(error.value).startswith(
         "--dask_scheduler=tcp://127.0.0.1:9 can't be reached: import of distributed halt"

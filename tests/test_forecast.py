@@ -15,7 +15,9 @@ import gen_astrasim_workload_input as tool
 from helpers import (
     FAST,
     GOOD_REPORT,
+    accelerator_of,
     fake_v2,
+    inside,
     run,
     seen_on_a_terminal,
     settings,
@@ -27,12 +29,13 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 Dry = Callable[..., tuple[int, int]]
 
 
-def simulated(folder: Path, **changes: Any) -> tool.Settings:
-    """Return settings for the stand-in of `dry`, on one NPU, with a cache."""
+def run_here(folder: Path, **changes: Any) -> None:
+    """Run in this process with the stand-in of `dry`, on one NPU, with a cache."""
     values = {"cycle_model": "simulated", "num_npus": 1, "num_packages": 1, "jobs": 1}
     values |= {"mnk": folder / "large.csv", "scalesim_path": folder / "fake"}
     values |= {"cache_dir": folder / "cache"}
-    return settings(folder, **{**values, **changes})
+    with inside(folder):
+        tool.run(settings(folder, **{**values, **changes}))
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Dry:
 
     def seconds(**changes: Any) -> tuple[int, int]:
         capsys.readouterr()
-        tool.generate(simulated(tmp_path, dry_run=True, **changes))
+        run_here(tmp_path, dry_run=True, **changes)
         last = capsys.readouterr().out.splitlines()[-1]
         said = TIME.fullmatch(last)
         assert said, last
@@ -72,7 +75,7 @@ def test_more_gemms_in_the_cache_leave_less_time(dry: Dry, tmp_path: Path) -> No
     write_table(whole, *layers)
     write_table(half, *layers[:4])
     low, high = dry(mnk=whole)
-    tool.generate(simulated(tmp_path, mnk=half, jobs=2))
+    run_here(tmp_path, mnk=half, jobs=2)
     left_low, left_high = dry(mnk=whole)
     assert left_low < low / 1.5
     assert left_high < high / 1.5
@@ -81,9 +84,9 @@ def test_more_gemms_in_the_cache_leave_less_time(dry: Dry, tmp_path: Path) -> No
 def test_a_plan_that_is_all_in_the_cache_has_no_time_to_take(
     dry: Dry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tool.generate(simulated(tmp_path, mnk=tmp_path / "small.csv"))
+    run_here(tmp_path, mnk=tmp_path / "small.csv")
     capsys.readouterr()
-    tool.generate(simulated(tmp_path, mnk=tmp_path / "small.csv", dry_run=True))
+    run_here(tmp_path, mnk=tmp_path / "small.csv", dry_run=True)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "1 in the cache, 0 to simulate: 0 estimated cycles"
 
@@ -105,7 +108,7 @@ def test_simulations_of_another_config_or_scalesim_do_not_count(
     paths = {name: value and tmp_path / value for name, value in changes.items()}
     small = {"mnk": tmp_path / "small.csv"}
     before = dry(**small)
-    tool.generate(simulated(tmp_path, **small))
+    run_here(tmp_path, **small)
     assert dry(**small, **paths) == before
 
 
@@ -123,7 +126,7 @@ def test_simulations_of_another_config_or_scalesim_do_not_count(
 def test_nonsense_for_an_entry_counts_as_none(text: str, dry: Dry, tmp_path: Path) -> None:
     small = {"mnk": tmp_path / "small.csv"}
     before = dry(**small)
-    tool.generate(simulated(tmp_path, **small))
+    run_here(tmp_path, **small)
     next(tmp_path.glob("cache/*/8x8x8.json")).write_text(text)
     assert dry(**small) == before
 
@@ -143,8 +146,8 @@ DATAFLOWS = ["os", "ws", "is"]
 
 def cost(gemm: tool.Gemm, **changes: Any) -> tuple[int, float]:
     """Return the cycles and seconds that a simulation is estimated to take."""
-    array = tool.read_architecture(None)._replace(**changes)
-    return tool.analytical_cycles(gemm, array), tool.estimated_seconds(gemm, array)
+    task = tool.ScaleSim(None, accelerator_of()._replace(**changes)).task(gemm, "")
+    return task.cycles, task.seconds
 
 
 def are_growing(numbers: tuple[float, ...]) -> bool:
@@ -211,3 +214,45 @@ def test_flags_that_the_analytical_model_ignores(flag: str, tmp_path: Path) -> N
     expected = f"warning: {name} has no effect with --cycle_model=analytical\n"
     assert (result.status, result.err) == (0, expected)
     assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
+
+
+# --- Where no terminal shows a bar
+
+
+def test_a_run_says_what_it_simulates_also_where_nobody_watches(tmp_path: Path) -> None:
+    fake = fake_v2(tmp_path / "fake", GOOD_REPORT)
+    table = write_table(tmp_path / "t.csv", "a,8,16,24")
+    flags = [
+        f"--mnk={table}",
+        f"--scalesim_path={fake}",
+        "--num_npus=1",
+        f"--cache_dir={tmp_path}/c",
+    ]
+    line = r"simulating: 3 GEMMs, \d+ s to \d+ s, up to \d\.\d GB of memory each"
+    assert re.fullmatch(line + "\n", run(tmp_path, *flags).err)
+    assert run(tmp_path, *flags).err == "", "nothing is left to simulate"
+    assert re.match(line, seen_on_a_terminal(tmp_path, *flags[:3], "--cache_dir="))
+
+
+def test_a_line_a_minute_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """The script's clock runs 40 s in each second."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nreal = time.monotonic\ntime.monotonic = lambda: 40 * real()\n"
+    )
+    fake = fake_v2(tmp_path / "fake", f"time.sleep(1)\n{GOOD_REPORT}")
+    table = write_table(tmp_path / "t.csv", "a,8,16,24", "b,32,40,48")
+    flags = [f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=1", "--jobs=1"]
+    result = run(tmp_path, *flags, env={"PYTHONPATH": str(tmp_path)})
+    assert result.status == 0
+    first, *later = result.err.splitlines()
+    assert first.startswith("simulating: 6 GEMMs, ")
+    assert 2 <= len(later) <= 5
+    for line in later:
+        assert re.fullmatch(r"simulating: \d of 6 GEMMs are finished after \d+ (s|min)", line)
+
+
+def test_a_dry_run_for_a_cluster_does_not_speak_of_this_machine(tmp_path: Path) -> None:
+    result = run(tmp_path, "--dry_run", "--dask_scheduler=tcp://nowhere:1", "--num_npus=16")
+    assert result.status == 0
+    assert " free" not in result.out
+    assert "time with a Dask worker for each GEMM: " in result.out

@@ -26,7 +26,8 @@ HEADER = (
 def layers_of(folder: Path, **changes: Any) -> list[dict[str, str]]:
     """Return the rows of layers.csv that these settings give."""
     generate(folder, **changes)
-    return rows_of(folder / "outputs" / "run" / "layers.csv", HEADER)
+    parallel = changes.get("parallel", "DATA")
+    return rows_of(folder / "outputs" / parallel / "run" / "layers.csv", HEADER)
 
 
 def test_a_hybrid_layer_by_hand(tmp_path: Path) -> None:

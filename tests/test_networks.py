@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import MNK_INPUTS, collectives_of, generate, plan_of, settings
+from helpers import MNK_INPUTS, collectives_of, generate, layers_of_table, plan_of, settings
 
 # q and output, k and v of 8 heads, gated MLP
 LLAMA_BLOCK = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
@@ -33,11 +33,11 @@ def parallel_of(name: str) -> str:
 
 def layers_of(name: str) -> list[tool.Layer]:
     mnk = MNK_INPUTS / f"{name}.csv"
-    return tool.read_layers(mnk, parallel_of(name), MINIBATCHES.get(name, 1))
+    return layers_of_table(mnk, parallel_of(name), MINIBATCHES.get(name, 1))
 
 
 def with_weights(name: str) -> list[tool.Layer]:
-    """Return the layers whose n x k are weights: no products of activations, no look-ups."""
+    """Return the layers whose n x k are weights: no products of activations, no lookups."""
     return [each for each in layers_of(name) if each.type not in ("BATCHED_GEMM", "EMBEDDING")]
 
 
@@ -78,7 +78,7 @@ def test_attention_of_every_block(name: str) -> None:
     samples, tokens, heads, size = ATTENTION[name]
     products = [layer for layer in layers_of(name) if layer.type == "BATCHED_GEMM"]
     outputs = [each for each in layers_of(name) if each.name.endswith("_attention_out")]
-    assert {layer.batch for layer in products} == {tool.Batch(samples=samples, heads=heads)}
+    assert {(layer.samples, layer.heads) for layer in products} == {(samples, heads)}
     shapes = [(layer.m, layer.n, layer.k) for layer in products]
     assert shapes == [(tokens, tokens, size), (tokens, size, tokens)] * len(outputs)
     assert {(layer.m, layer.k) for layer in outputs} == {(samples * tokens, heads * size)}

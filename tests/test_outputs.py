@@ -1,12 +1,16 @@
-"""Outputs: those that would harm another file are refused, and after an error all is as it was."""
+"""Outputs: none harms another file, each is whole after an error, the workload file comes last."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,9 +153,11 @@ def nearly_full(folder: Path) -> tuple[Path, int]:
     return folder, size + len(row) // 2
 
 
-def test_no_room_for_a_row_leaves_all_results_as_they_were(nearly_full: tuple[Path, int]) -> None:
+def test_no_room_for_a_row_leaves_the_summary_and_the_workload_file_as_they_were(
+    nearly_full: tuple[Path, int],
+) -> None:
     folder, size = nearly_full
-    results = ["s.csv", "workload.txt", *(f"x.{npu}.et" for npu in range(8))]
+    results = ["s.csv", "workload.txt"]
     before = [(folder / name).read_bytes() for name in results]
     flags = ["--mnk=t.csv", "--summary_csv=s.csv", "--num_npus=8", "--datatype_size=4"]
     flags += ["--chakra_et=x", "--clock_mhz=1"]
@@ -202,7 +208,7 @@ def test_a_first_row_without_room_leaves_no_header_either(folder: Path) -> None:
 def test_a_summary_that_can_not_be_locked_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems; the results stay as they were."""
+    """As on some network file systems; it and the workload file stay as they were."""
     generate(tmp_path, summary_csv=tmp_path / "s.csv")
     before = {name: (tmp_path / name).read_bytes() for name in ("s.csv", "workload.txt")}
 
@@ -216,6 +222,80 @@ def test_a_summary_that_can_not_be_locked_is_named(
     assert error.value.filename == tmp_path / "s.csv"
 
 
+# --- Each file whole or not at all, the workload file last
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first run", "over an earlier run"])
+def test_a_disk_that_gets_full_in_any_file_leaves_all_of_them_whole(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first file that a run writes, then in the second one, until there is no further one.
+
+    Each file is the older or the newer one, none is half made, and without an error from the
+    others there is no new workload file.
+    """
+    table = write_table(tmp_path / "t.csv", "a,64,64,64", "b,64,64,64")
+
+    def write(folder: Path, **changes: Any) -> dict[str, bytes]:
+        traces = {"chakra_et": folder / "et/x", "clock_mhz": 1.0, "num_npus": 4}
+        generate(folder, mnk=table, **traces, **changes)
+        return files_below(folder)
+
+    older = write(tmp_path / "older", datatype_size=1) if again else {}
+    newer = write(tmp_path / "newer", datatype_size=2)
+    assert len(newer) == 6 + 4 + 1, "of the run folder, traces, the workload file"
+    write_bytes = Path.write_bytes
+    for number in range(8):
+        folder = tmp_path / str(number)
+        if again:
+            shutil.copytree(tmp_path / "older", folder)
+        writes = itertools.count()
+
+        def write_or_fill_up(path: Path, data: bytes) -> int:
+            if next(writes) == number:  # noqa: B023
+                write_bytes(path, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write_bytes(path, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_bytes", write_or_fill_up)
+            with pytest.raises(OSError, match="No space left") as error:
+                write(folder, datatype_size=2)
+        found = files_below(folder)
+        assert str(Path(error.value.filename).relative_to(folder)) in newer, "it names the file"
+        assert all(data in (older.get(name), newer[name]) for name, data in found.items())
+        assert found.get("workload.txt") == older.get("workload.txt")
+    assert str(error.value.filename) == f"{folder}/workload.txt", "the last one"
+
+
+def test_the_workload_file_is_put_in_place_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it finds the other results."""
+    replace = os.replace
+    seen: list[dict[str, bytes]] = []
+
+    def look_and_replace(source: Path, target: Path) -> None:
+        if target == tmp_path / "workload.txt":
+            seen.append(files_below(tmp_path))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    generate(tmp_path, chakra_et=tmp_path / "x", clock_mhz=1.0, summary_csv=tmp_path / "s.csv")
+    (before,) = seen
+    after = files_below(tmp_path)
+    text = after.pop("workload.txt")
+    (part,) = set(before) - set(after)
+    assert (before.pop(part), part.endswith(".part")) == (text, True)
+    assert before == after
+
+
 # --- What is printed
 
 
@@ -224,7 +304,7 @@ def test_a_table_for_a_terminal_of_any_encoding(encoding: str, tmp_path: Path) -
     result = run(tmp_path, FAST, env={"PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"})
     times = {"ascii": "x", "latin-1": os.fsdecode("×".encode("latin-1")), "utf-8": "×"}[encoding]
     assert (result.status, result.err) == (0, "")
-    assert f"\n2 {times} MLP_Bottom_1 ... MLP_Bottom_2" in result.out
+    assert f"\nMLP_Bottom_1 {times} 4 " in result.out
     assert f"\n7 {times} ALLREDUCE" in result.out
 
 
@@ -260,3 +340,29 @@ def test_results_that_the_terminals_disk_has_no_room_for(tmp_path: Path) -> None
         1,
         "error: standard output: No space left on device\n",
     )
+
+
+def test_an_output_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert is_one_error_line(run(tmp_path, FAST, "--output_file=a"))
+    assert is_one_error_line(run(tmp_path, FAST, "--summary_csv=b"))
+
+
+def test_the_last_lines_say_all_that_was_written(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", "a,8,8,8")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    flags = [f"--mnk={table}", "--num_npus=2", "--clock_mhz=1", "--chakra_et=deep/../et/x"]
+    flags += ["--num_passes=3", "--summary_csv=s.csv", "--output_file=link.txt"]
+    lines = run(tmp_path, FAST, *flags).out.splitlines()
+    assert lines[0] == (
+        "DATA on 2 NPUs in 1 package, dp 2 x mp 1; 256 x 256 array, ws, analytical, 1 MHz"
+    )
+    written, *others = lines[-4:]
+    expected = f"wrote {tmp_path}/real.txt: 1 layer, 2 distinct GEMMs (analytical), "
+    assert re.fullmatch(re.escape(expected) + r"\d+\.\d s", written)
+    assert others == [
+        f"wrote 2 traces of 3 training steps: {tmp_path}/et/x.<npu>.et",
+        f"wrote a row in {tmp_path}/s.csv",
+        f"wrote details in {tmp_path}/outputs/DATA/t",
+    ]

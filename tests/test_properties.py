@@ -17,8 +17,9 @@ from helpers import (
     PARALLEL,
     ROUNDINGS,
     LayerCells,
+    accelerator_of,
     gemms_of,
-    plans_of_table,
+    plan_of_table,
     read_like_astrasim,
     settings,
     table,
@@ -51,17 +52,18 @@ def test_any_table_gives_a_right_file(
         path = Path(name, "t.csv")
         for spelling in SPELLINGS:
             path.write_bytes(table(layers, spelling))
-            plans = plans_of_table(settings(Path(name), mnk=path, **chosen))
-            texts.add(workload_of(plans, parallel))
+            given_flags = settings(Path(name), mnk=path, **chosen)
+            plan = plan_of_table(given_flags)
+            texts.add(workload_of(plan, given_flags))
     assert len(texts) == 1
     strategy, read = read_like_astrasim(texts.pop())
     assert (strategy, [layer.name for layer in read]) == (parallel, [name for name, *_ in layers])
     dp_of = {"DATA": npus, "MODEL": 1, "HYBRID_DATA_MODEL": packages, "HYBRID_MODEL_DATA": in_each}
-    for (_, m, n, k, own), plan, seen in zip(layers, plans, read, strict=True):
+    for (_, m, n, k, own), layer_plan, seen in zip(layers, plan.layers, read, strict=True):
         used = own if parallel == "HYBRID_CUSTOMIZED" else parallel
         assert seen.strategy == (own if parallel == "HYBRID_CUSTOMIZED" else None)
         dp, mp = dp_of[used], npus // dp_of[used]
-        share_m, share_n, whole_k = gemms_of(plan)[0]
+        share_m, share_n, whole_k = gemms_of(layer_plan)[0]
         assert whole_k == k
         for share, size, parts in ((share_m, m, dp), (share_n, n, mp)):
             if rounding == "up":
@@ -84,9 +86,9 @@ def works_or_one_line(**files: bytes) -> None:
         config = folder / "config" if "config" in files else None
         one_npu = {"num_npus": 1, "num_packages": 1}
         try:
-            assert "run_name = gemm" in tool.read_architecture(config).scalesim_text
+            assert "run_name = gemm" in accelerator_of(config).scalesim_config
             chosen = settings(folder, mnk=mnk, scalesim_config=config, **one_npu)
-            tool.generate(chosen._replace(dry_run=True))
+            tool.run(chosen._replace(dry_run=True))
         except tool.UserError as error:
             assert str(error)
 
@@ -95,7 +97,7 @@ CONFIG_LINES = [
     *("[architecture_presets]\n", "ArrayHeight: 8\n", "ArrayWidth = 8\n", "Dataflow: ws\n"),
     "%(x)s",
 ]
-TABLE_LINES = ["Layer,m,n,k\n", "x,1,2,3\n", "Layer,", "type,", "count,", "BATCHED_GEMM"]
+TABLE_LINES = ["Layer,m,n,k\n", "x,1,2,3\n", "Layer,", "Type,", "Count,", "BATCHED_GEMM"]
 FRAGMENTS = st.sampled_from([*'\n\r\t\0\ufeff ",[]=:mnka17', *CONFIG_LINES, *TABLE_LINES])
 BYTES = st.one_of(
     st.binary(max_size=200),
@@ -120,11 +122,11 @@ REPORT_WORDS = [
     *("0", "12", "3.0", "nan", "-1"),
 ]
 REPORTS = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(REPORT_WORDS)).map("".join))
-SCALESIM = tool.find_scalesim(None, tool.BUILT_IN_CONFIG)
+SCALESIM = tool.ScaleSim(None, accelerator_of())
 
 
 @MANY
 @given(REPORTS)
 def test_any_text_as_a_report(text: str) -> None:
-    cycles = tool.reported_cycles({SCALESIM.report_name: text}, SCALESIM)
+    cycles = SCALESIM.reported_cycles({SCALESIM.report_name: text})
     assert cycles is None or cycles >= 1

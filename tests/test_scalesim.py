@@ -17,9 +17,12 @@ from helpers import (
     GOOD_REPORT,
     MNK_INPUTS,
     SCRIPT,
+    Run,
+    accelerator_of,
     fake_v1,
     fake_v2,
     is_one_error_line,
+    read_like_astrasim,
     run,
     write_config,
     write_table,
@@ -178,21 +181,6 @@ BAD_CONFIGS = [
         id="an unknown dataflow",
     ),
     pytest.param(
-        with_value("IfmapSramSzkB", "x"),
-        "IfmapSramSzkB is 'x', expected a whole number >= 1",
-        id="an SRAM that is a word",
-    ),
-    pytest.param(
-        with_value("OfmapOffset", "-1"),
-        "OfmapOffset is '-1', expected a whole number >= 0",
-        id="a negative offset",
-    ),
-    pytest.param(
-        with_value("FilterSRAMBankNum", "1.5"),
-        "FilterSRAMBankNum is '1.5', expected a whole number >= 1",
-        id="half a bank",
-    ),
-    pytest.param(
         with_value("Bandwidth", "10,x"),
         "Bandwidth is '10,x', expected a whole number >= 1",
         id="a bandwidth that is a word",
@@ -224,7 +212,7 @@ BAD_CONFIGS = [
     ),
     pytest.param(
         with_value("SparsitySupport", "true"),
-        "SparsitySupport is 'true', expected False: it would prune the output gradient as well",
+        "SparsitySupport is 'true', expected False: it would prune the output gradient, which is",
         id="sparsity",
     ),
     pytest.param(
@@ -238,37 +226,24 @@ BAD_CONFIGS = [
         id="banks of the memory",
     ),
     pytest.param(
-        with_line("memory_map_files", "ifmap: x.csv"),
-        "unknown section [memory_map_files], expected general, architecture_presets, layout",
-        id="a memory map",
-    ),
-    pytest.param(
-        with_line("architecture_presets", "Bandwith: 3"),
-        "unknown key 'bandwith' in [architecture_presets], did you mean bandwidth?",
-        id="a key with a slip",
-    ),
-    pytest.param(
-        with_line("sparsity", "Colour: red"),
-        "unknown key 'colour' in [sparsity], expected sparsitysupport, ",
-        id="an unknown key",
-    ),
-    pytest.param(
-        with_line("run_preset", "Colour: red"),
-        "unknown section [run_preset], did you mean run_presets?",
-        id="a section with a slip",
-    ),
-    pytest.param(
-        with_line("DEFAULT", "Colour: red"), "unknown section [DEFAULT], expected", id="DEFAULT"
-    ),
-    pytest.param(
         with_line("run_presets", "Bandwidth: 3"),
-        "Bandwidth stands in [run_presets], expected in [architecture_presets]",
+        "Bandwidth belongs in [architecture_presets], not [run_presets]",
         id="a key in another section",
     ),
     pytest.param(
         with_line("run_preset", "InterfaceBandwidth: USER"),
-        "InterfaceBandwidth stands in [run_preset], expected in [run_presets]",
+        "InterfaceBandwidth belongs in [run_presets], not [run_preset]",
         id="a key in an unknown section",
+    ),
+    pytest.param(
+        with_line("layout", "ARRAYHEIGHT: 8"),
+        "ArrayHeight belongs in [architecture_presets], not [layout]",
+        id="a key in another section, in another letter case",
+    ),
+    pytest.param(
+        without("ArrayWidth").replace("ArrayHeight", "ArrayWdith: 8\nArrayHeight"),
+        "no ArrayWidth in [architecture_presets], expected one, as it decides the cycles",
+        id="a width with a slip",
     ),
 ]
 
@@ -280,8 +255,9 @@ def check_refusal(folder: Path, config: str, message: str, *flags: str) -> None:
     (folder / "workload.txt").write_text("mine")
     result = run(folder, f"--scalesim_config={path}", *flags)
     assert is_one_error_line(result), result
-    assert result.err.startswith(f"error: {path}: ")
-    assert message in result.err
+    error = result.err.splitlines()[-1]  # after a warning of keys that nobody knows
+    assert error.startswith(f"error: {path}: ")
+    assert message in error
     assert {each.name for each in folder.iterdir()} == {"c.cfg", "workload.txt"}
     assert (folder / "workload.txt").read_text() == "mine"
 
@@ -301,7 +277,6 @@ def test_a_config_that_does_not_serve_is_refused_at_once(
         ("UseRamulatorTrace", "True"),
         ("SparsitySupport", "true"),
         ("MemoryBanks", "2"),
-        ("FilterSramSzkB", "x"),
         ("ArrayHeight", "8,64"),
         ("ArrayWidth", "0"),
         ("Dataflow", "rs"),
@@ -313,56 +288,138 @@ def test_a_config_is_refused_also_where_scalesim_does_not_run(
     check_refusal(tmp_path, with_value(key, value), f"{key} is '{value}', expected ", flag)
 
 
-HARMLESS_LINES = [
-    ("architecture_presets", "MemoryMap: none"),
-    ("architecture_presets", "OnChipMemoryBanks: 4"),
-    ("sparsity", "SparseRep: ellpack_block"),
-    ("sparsity", "BlockSize: 4"),
-    ("network_presets", "TopologyCsvLoc: missing"),
-]
-
-
-@pytest.mark.parametrize(("section", "line"), HARMLESS_LINES)
-def test_a_key_of_scalesims_own_configs_that_changes_nothing_is_let_be(
-    section: str, line: str, tmp_path: Path
+@pytest.mark.parametrize("key", ["Bandwidth", "IfmapSramSzkB", "FilterSramSzkB", "OfmapSramSzkB"])
+@pytest.mark.parametrize("flags", [[], [FAST], ["--dry_run"]], ids=["simulated", "formula", "dry"])
+def test_under_user_a_config_gives_the_bandwidth_and_the_srams(
+    flags: list[str], key: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "c.cfg").write_text(with_line(section, line))
+    """They decide how long the array waits for the memory."""
+    lines = SMALL_CONFIG.replace("CALC", "USER").splitlines(keepends=True)
+    (line,) = [line for line in lines if line.startswith(f"{key}:")]
+    lacking = "".join(other for other in lines if other != line)
+    missing = f"no {key} in [architecture_presets], expected one, as it decides the cycles"
+    check_refusal(tmp_path, lacking, missing, *flags)
+    for value in ("0", "x", "1.5", "-4"):
+        nonsense = "".join(lines).replace(line, f"{key}: {value}\n")
+        expected = f"{key} is '{value}', expected a whole number >= 1"
+        check_refusal(tmp_path, nonsense, expected, *flags)
+
+
+@pytest.mark.parametrize("key", ["IfmapSramSzkB", "FilterSramSzkB", "OfmapSramSzkB"])
+def test_without_waits_the_srams_are_let_be(key: str, tmp_path: Path) -> None:
+    """They change no cycles then."""
+    (tmp_path / "c.cfg").write_text(with_value(key, "x"))
     result = run(tmp_path, FAST, "--scalesim_config=c.cfg")
     assert (result.status, result.err) == (0, "")
 
 
+def test_the_network_of_a_config_is_let_be(tmp_path: Path) -> None:
+    """SCALE-Sim's own configs have it, and 3.0.0 stops at it."""
+    (tmp_path / "c.cfg").write_text(with_line("network_presets", "TopologyCsvLoc: missing"))
+    result = run(tmp_path, FAST, "--scalesim_config=c.cfg")
+    assert (result.status, result.err) == (0, "")
+    assert "network_presets" not in accelerator_of(tmp_path / "c.cfg").scalesim_config
+
+
+def unknown_keys(config: Path, names: str) -> str:
+    """Return the warning of keys that nobody knows here."""
+    what = f"{config}: keys unknown here are passed on to SCALE-Sim: {names}"
+    return f"warning: {what}; of its results only cycles are used\n"
+
+
+@pytest.mark.parametrize("flag", [FAST, "--dry_run"])
 @pytest.mark.parametrize(
-    ("version", "config", "lacking"),
+    ("section", "lines", "names"),
     [
-        ("installed", without("UseRamulatorTrace"), "UseRamulatorTrace"),
-        (
-            "installed",
-            without("IfmapSramSzkB", "SparsitySupport"),
-            "IfmapSramSzkB, SparsitySupport",
+        pytest.param(
+            "memory_map_files", "ifmap: x.csv", "[memory_map_files] ifmap", id="a memory map"
         ),
-        ("installed", without("IfmapSramSz:", "MemoryBanks"), ""),
-        (
-            "installed",
-            without("Bandwidth", "IfmapSramSzkB", "Filter", "IfmapOffset", "InterfaceBandwidth"),
-            "InterfaceBandwidth, Bandwidth, IfmapSramSzkB, FilterSramSzkB, IfmapOffset"
-            " and 5 more keys",
+        pytest.param(
+            "architecture_presets",
+            "Bandwith: 3",
+            "[architecture_presets] Bandwith (did you mean Bandwidth?)",
+            id="a key with a slip",
         ),
-        ("2.0.2", without("UseRamulatorTrace", "MemoryBanks", "IfmapSRAMBank", "FilterC"), ""),
-        ("2.0.2", without("InterfaceBandwidth"), "InterfaceBandwidth"),
-        ("2.0", without("MemoryBanks"), "MemoryBanks"),
+        pytest.param(
+            "run_presets",
+            "bandwith: 5",
+            "[run_presets] bandwith (did you mean Bandwidth?)",
+            id="a key with a slip in another section",
+        ),
+        pytest.param("sparsity", "Colour: red", "[sparsity] Colour", id="an unknown key"),
+        pytest.param("run_preset", "Colour: red", "[run_preset] Colour", id="an unknown section"),
+        pytest.param("DEFAULT", "Colour: red", "[DEFAULT] Colour", id="DEFAULT"),
+        pytest.param(
+            "architecture_presets",
+            "MemoryMap: none\nOnChipMemoryBanks: 4",
+            "[architecture_presets] MemoryMap, [architecture_presets] OnChipMemoryBanks",
+            id="two keys of other SCALE-Sims",
+        ),
+    ],
+)
+def test_keys_that_nobody_knows_get_one_warning(
+    section: str, lines: str, names: str, flag: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.cfg").write_text(with_line(section, lines))
+    result = run(tmp_path, flag, "--scalesim_config=c.cfg")
+    assert (result.status, result.err) == (0, unknown_keys(tmp_path / "c.cfg", names))
+
+
+TIME_MODEL = """\
+[architecture_presets]
+ArrayHeight: 128
+ArrayWidth: 128
+Dataflow: ws
+Bandwidth: 1024
+IfmapSramSzkB: 4096
+FilterSramSzkB: 4096
+OfmapSramSzkB: 8192
+[run_presets]
+InterfaceBandwidth: USER
+TimeLinearModel: TPUv4
+"""
+
+
+def test_a_config_for_a_later_scalesim(tmp_path: Path) -> None:
+    """Its key reaches whatever SCALE-Sim there is, which reads it or not, with one warning."""
+    config = tmp_path / "time_model.cfg"
+    config.write_text(TIME_MODEL)
+    table = write_table(tmp_path / "t.csv", "a,8,8,8")
+    flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
+    warning = unknown_keys(config, "[run_presets] TimeLinearModel")
+    result = without_progress(run(tmp_path, *flags))
+    assert (result.status, result.err) == (0, warning)
+    _, (layer,) = read_like_astrasim((tmp_path / "workload.txt").read_text())
+    assert layer.passes[0][0] == 3 * 128 + 8 - 2 - 1, "without stalls, as it all fits"
+    reads = "word = [line for line in open('gemm.cfg') if line.startswith('timelinear')]"
+    fake = fake_v2(tmp_path / "later", f"{reads}\nprint(word)\n{GOOD_REPORT}")
+    result = without_progress(run(tmp_path, *flags, f"--scalesim_path={fake}"))
+    assert (result.status, result.err) == (0, warning)
+    log = tmp_path / "outputs/DATA/t/gemm_8x8x8/scalesim.log"
+    assert log.read_text() == "['timelinearmodel = TPUv4\\n']\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "config"),
+    [
+        ("installed", without("UseRamulatorTrace")),
+        ("installed", without("IfmapSramSzkB", "SparsitySupport")),
+        ("installed", without("IfmapSramSz:", "MemoryBanks")),
+        ("installed", without("Bandwidth", "IfmapSramSzkB", "Filter", "IfmapOffset", "Interface")),
+        ("2.0.2", without("UseRamulatorTrace", "MemoryBanks", "IfmapSRAMBank", "FilterC")),
+        ("2.0.2", without("InterfaceBandwidth")),
+        ("2.0", without("MemoryBanks")),
     ],
 )
 def test_what_a_config_lacks_comes_from_the_built_in_one(
-    version: str, config: str, lacking: str, tmp_path: Path, release: Release
+    version: str, config: str, tmp_path: Path, release: Release
 ) -> None:
     (tmp_path / "c.cfg").write_text(config)
     table = write_table(tmp_path / "t.csv", "a,8,4,4")
     path = [] if version == "installed" else [f"--scalesim_path={release(version)}"]
     flags = [f"--mnk={table}", "--scalesim_config=c.cfg", "--num_npus=1", *path]
     result = without_progress(run(tmp_path, *flags))
-    what = f"--scalesim_config lacks {lacking}, which this SCALE-Sim reads"
-    warning = f"warning: {what}: taken from the built-in config\n"
-    assert (result.status, result.err) == (0, warning if lacking else "")
+    assert (result.status, result.err) == (0, "")
     assert (tmp_path / "workload.txt").read_text().split("\n")[2].split("\t")[2] == "773"
 
 
@@ -408,7 +465,7 @@ def test_under_user_each_release_reads_at_the_configs_own_bandwidth(
 def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
     given = bound_by_memory(64) + "[layout]\nFilterSRAMBankBandwidth: 8\nFilterSRAMBankNum: 2\n"
     (tmp_path / "c.cfg").write_text(given)
-    text = tool.read_architecture(tmp_path / "c.cfg").scalesim_text
+    text = accelerator_of(tmp_path / "c.cfg").scalesim_config
     for line in (
         "ifmapsrambankbandwidth = 64",
         "ifmapsrambanknum = 1",
@@ -421,11 +478,13 @@ def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        pytest.param("sys.exit(3)", "exit status 3; it last said: nothing; log:", id="exits 1"),
-        pytest.param("print('Exiting'); sys.exit(0)", f"{NO_ROW}; it last said: Exiting", id="0"),
+        pytest.param("sys.exit(3)", "exit status 3; no output; log:", id="exits 1"),
+        pytest.param(
+            "print('Exiting'); sys.exit(0)", f"{NO_ROW}; its last output: Exiting", id="0"
+        ),
         pytest.param(
             f"{GOOD_REPORT}\nraise ValueError('half\\nway')",
-            "exit status 1; it last said: raise ValueError",
+            "exit status 1; its last output: raise ValueError",
             id="late",
         ),
         pytest.param("raise MemoryError('x')", "MemoryError: x; log:", id="memory"),
@@ -436,7 +495,7 @@ def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
         ),
         pytest.param("os.kill(os.getpid(), 9)", "killed, Killed (out of memory?", id="killed"),
         pytest.param(
-            "os.kill(os.getpid(), 11)", "killed, Segmentation fault; it", id="segmentation fault"
+            "os.kill(os.getpid(), 11)", "killed, Segmentation fault; no", id="segmentation fault"
         ),
         pytest.param("report('')", NO_ROW, id="empty"),
         pytest.param("report('LayerID, Cycles,\\n0, 5,\\n')", NO_ROW, id="other columns"),
@@ -498,13 +557,14 @@ def test_what_runs_is_what_was_found(tmp_path: Path) -> None:
 def test_scalesim_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(tool.UserError, match=r"^no SCALE-Sim in /.*, expected scale.py and"):
-        tool.find_scalesim(None, "")
+        tool.ScaleSim(None, accelerator_of())
 
 
 def test_the_code_decides_which_scalesim_it_is(tmp_path: Path) -> None:
-    first = tool.find_scalesim(fake_v2(tmp_path / "a", GOOD_REPORT), "")
-    same = tool.find_scalesim(fake_v2(tmp_path / "b", GOOD_REPORT), "")
-    other = tool.find_scalesim(fake_v2(tmp_path / "c", f"{GOOD_REPORT}  # another"), "")
+    array = accelerator_of()
+    first = tool.ScaleSim(fake_v2(tmp_path / "a", GOOD_REPORT), array)
+    same = tool.ScaleSim(fake_v2(tmp_path / "b", GOOD_REPORT), array)
+    other = tool.ScaleSim(fake_v2(tmp_path / "c", f"{GOOD_REPORT}  # another"), array)
     assert first.digest == same.digest
     assert first.digest != other.digest
 
@@ -512,30 +572,35 @@ def test_the_code_decides_which_scalesim_it_is(tmp_path: Path) -> None:
 def test_the_code_in_its_subfolders_decides_which_scalesim_it_is(tmp_path: Path) -> None:
     """Most of SCALE-Sim's code stands in scalesim/compute and scalesim/memory."""
     folder = fake_v2(tmp_path / "a", GOOD_REPORT)
-    without_any = tool.find_scalesim(folder, "").digest
+    array = accelerator_of()
+    without_any = tool.ScaleSim(folder, array).digest
     code = folder / "scalesim/memory/buffers/buffer.py"
     code.parent.mkdir(parents=True)
     code.write_text("size = 1\n")
-    first = tool.find_scalesim(folder, "").digest
+    first = tool.ScaleSim(folder, array).digest
     code.write_text("size = 2\n")
-    second = tool.find_scalesim(folder, "").digest
+    second = tool.ScaleSim(folder, array).digest
     assert len({without_any, first, second}) == 3
 
 
 def test_the_config_decides_which_scalesim_it_is(tmp_path: Path) -> None:
     folder = fake_v2(tmp_path / "a", GOOD_REPORT)
-    assert tool.find_scalesim(folder, "a").digest != tool.find_scalesim(folder, "b").digest
+    digests = set()
+    for height in (8, 16):
+        array = accelerator_of(write_config(tmp_path / "c.cfg", height, 8, "os"))
+        digests.add(tool.ScaleSim(folder, array).digest)
+    assert len(digests) == 2
 
 
 def test_a_scalesim_that_changes_during_a_run_is_refused(tmp_path: Path) -> None:
-    first = tool.find_scalesim(fake_v2(tmp_path / "a", GOOD_REPORT), "")
-    assert first.version == 2
+    first = tool.ScaleSim(fake_v2(tmp_path / "a", GOOD_REPORT), accelerator_of())
+    assert first.version == "2"
     (tmp_path / "a/scalesim/layout_utils.py").write_text("")
     expected = f"the SCALE-Sim in {tmp_path}/a is not the one that this run began with"
     with pytest.raises(tool.UserError) as error:
-        tool.simulate(first, tool.Gemm(m=1, n=1, k=1))
+        first.simulate(tool.Gemm(m=1, n=1, k=1))
     assert str(error.value) == expected
-    assert tool.find_scalesim(tmp_path / "a", "").version == 3
+    assert tool.ScaleSim(tmp_path / "a", accelerator_of()).version == "3"
 
 
 def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
@@ -557,64 +622,36 @@ def test_names_of_the_user_never_reach_scalesim(tmp_path: Path) -> None:
     assert not os.path.lexists(odd / "z")
 
 
-def test_a_key_that_only_a_changed_scalesim_reads(tmp_path: Path) -> None:
-    """It reaches that SCALE-Sim, and is refused with any other and with the formula."""
-    fake_v2(tmp_path / "usual", GOOD_REPORT)
-    reads = "word = [line for line in open('gemm.cfg') if line.startswith('wordbyte')]"
-    get = "lambda config: config.get(section, 'WordByte')"
-    fake_v2(tmp_path / "changed", f"{get}\n{reads}\nprint(word)\n{GOOD_REPORT}")
-    config = write_config(tmp_path / "c.cfg", 8, 8, "os")
-    config.write_text(f"{config.read_text()}WordByte: 4\n")
-    table = write_table(tmp_path / "t.csv", "a,8,8,8")
-    flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
-    assert run(tmp_path, *flags, f"--scalesim_path={tmp_path}/changed").status == 0
-    log = tmp_path / "outputs/DATA/t/gemm_8x8x8/scalesim.log"
-    assert log.read_text() == "['wordbyte = 4\\n']\n"
-    for more in (f"--scalesim_path={tmp_path}/usual", "--cycle_model=analytical"):
-        result = run(tmp_path, *flags, more)
-        assert is_one_error_line(result), result
-        assert f"error: {config}: unknown key 'wordbyte' in [architecture_presets], " in result.err
-
-
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        pytest.param(
-            "IfmapSRAMBankBandwidth: 32\nIfmapSRAMBankNum: 5\n",
-            "IfmapSRAMBankBandwidth is 32, expected a multiple of IfmapSRAMBankNum, 5",
-            id="both given",
-        ),
-        pytest.param(
-            "FilterSRAMBankNum: 6\n",
-            "FilterSRAMBankBandwidth is 64, expected a multiple of FilterSRAMBankNum, 6",
-            id="banks only",
-        ),
-    ],
-)
-def test_under_user_a_bandwidth_is_a_multiple_of_the_banks(
-    layout: str, message: str, tmp_path: Path
-) -> None:
-    """SCALE-Sim 3.0.0 stops at an assertion there."""
-    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
-    user = f"Bandwidth: 64\n[run_presets]\nInterfaceBandwidth: USER\n[layout]\n{layout}"
-    config.write_text(config.read_text() + user)
-    result = run(tmp_path, f"--scalesim_config={config}", "--dry_run")
-    assert is_one_error_line(result), result
-    assert result.err == f"error: {config}: {message}\n"
-
-
 def test_under_user_a_bandwidth_of_banks_needs_no_number_of_them(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
-    user = "[run_presets]\nInterfaceBandwidth: USER\n[layout]\nIfmapSRAMBankBandwidth: 33\n"
-    config.write_text(config.read_text() + user)
+    config = tmp_path / "c.cfg"
+    config.write_text(bound_by_memory(64) + "[layout]\nIfmapSRAMBankBandwidth: 33\n")
     table = write_table(tmp_path / "t.csv", "a,8,8,8")
     flags = [f"--mnk={table}", f"--scalesim_config={config}", "--num_npus=1"]
     assert run(tmp_path, *flags).status == 0
 
 
-def test_a_misspelt_key_in_another_section(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.cfg", 8, 8, "ws")
-    config.write_text(f"{config.read_text()}[run_presets]\nBandwith: 5\n")
-    result = run(tmp_path, FAST, f"--scalesim_config={config}")
-    expected = "did you mean bandwidth in [architecture_presets]?"
-    assert result.err == f"error: {config}: unknown key 'bandwith' in [run_presets], {expected}\n"
+# --- What counts as cycles in a report: a whole number >= 1
+
+
+def run_with_report(folder: Path, cycles: str) -> Run:
+    """Run a SCALE-Sim that reports these cycles."""
+    fake = fake_v2(folder / "fake", f"report(HEADER + '0, {cycles}, 0, 1.5,\\n')")
+    table = write_table(folder / "t.csv", "a,8,8,8")
+    return run(folder, f"--mnk={table}", f"--scalesim_path={fake}", "--num_npus=1")
+
+
+@pytest.mark.parametrize("cycles", ["321", "321.0", " 321.0 ", "1", "1.0"])
+def test_whole_numbers_in_a_report(cycles: str, tmp_path: Path) -> None:
+    assert run_with_report(tmp_path, cycles).status == 0
+    _, (layer,) = read_like_astrasim((tmp_path / "workload.txt").read_text())
+    assert {time for time, _, _ in layer.passes} == {round(float(cycles))}
+
+
+@pytest.mark.parametrize("cycles", ["0", "0.0", "-1", "1.5", "321.00", "1e3", "nan", "", "x"])
+def test_what_is_no_whole_number_from_one_on_is_refused(cycles: str, tmp_path: Path) -> None:
+    result = run_with_report(tmp_path, cycles)
+    lines = result.err.splitlines()
+    assert (result.status, result.out) == (1, "")
+    assert "no COMPUTE_REPORT.csv with one row and a number >= 1 as Total Cycles" in lines[-1]
+    assert lines[-1].startswith("error: SCALE-Sim failed on GEMM 8x8x8 (layer a, forward pass): ")
+    assert not (tmp_path / "workload.txt").exists()

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
-from helpers import collectives_of, gemms_of, layer_of, plan_of, settings
+from helpers import (
+    FAST,
+    MNK_INPUTS,
+    collectives_of,
+    gemms_of,
+    layer_of,
+    plan_of,
+    run,
+    settings,
+    write_table,
+)
 
 # A layer of m=100, n=50, k=30 in 4-byte elements on 12 NPUs in 3 packages: m x n is 20000 bytes,
 # m x k 12000, n x k 6000. Each pass: M, N, K with sizes rounded up, the same rounded down,
@@ -47,7 +57,7 @@ def test_every_pass_of_every_strategy(tmp_path: Path, strategy: str, rounding: s
     rounded_up, rounded_down, kinds, sizes = zip(*BY_HAND[strategy])
     assert gemms_of(plan) == list(rounded_up if rounding == "up" else rounded_down)
     assert collectives_of(plan) == list(zip(kinds, sizes))
-    assert [each.repeats for each in plan.passes] == [1, 1, 1]
+    assert [each.count for each in plan.passes.values()] == [1, 1, 1]
 
 
 def test_a_share_is_never_below_one(tmp_path: Path) -> None:
@@ -67,18 +77,18 @@ def test_sizes_beyond_floating_point_are_exact(tmp_path: Path) -> None:
 
 def check(tmp_path: Path, layers: list[tool.Layer], **changes: object) -> None:
     chosen = settings(tmp_path, **changes)
-    tool.check_plans([plan_of(layer, chosen) for layer in layers], chosen.num_packages)
+    tool.Plan(layers, chosen).check()
 
 
-def test_a_size_that_does_not_divide_is_warned_of_once(
+def test_a_size_that_is_not_divisible_is_warned_of_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = [layer_of(f"L{line}", 100, 50, 30, "HYBRID_DATA_MODEL") for line in range(2, 12)]
     check(tmp_path, [*layers, layer_of("even", 96, 48, 30, "DATA")], **OF_12)
     names = "L2 and 9 more layers"
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {names}: m = 100 does not divide by 3, one NPU is timed with 34",
-        f"warning: {names}: n = 50 does not divide by 4, one NPU is timed with 13",
+        f"warning: {names}: m = 100 is not divisible by 3, one NPU is timed with 34",
+        f"warning: {names}: n = 50 is not divisible by 4, one NPU is timed with 13",
     ]
 
 
@@ -95,8 +105,8 @@ def test_a_collective_of_0_bytes_is_refused_by_its_line(tmp_path: Path) -> None:
     with pytest.raises(tool.UserError) as error:
         check(tmp_path, [layer_of("tiny", 3, 2, 9, "MODEL", where="t.csv:7")], datatype_size=2)
     assert str(error.value) == (
-        "t.csv:7: the ALLGATHER of tiny, forward pass, comes to 0 bytes, where ASTRA-sim stops,"
-        " expected more"
+        "t.csv:7: the ALLGATHER of tiny, forward pass, is 0 bytes; ASTRA-sim would stop without a"
+        " message"
     )
 
 
@@ -108,6 +118,68 @@ def test_collectives_of_1_to_3_bytes_get_one_warning(
         layers.append(layer_of(f"small{n}", 16, n, 1, "DATA", where=f"t.csv:{line}"))
     check(tmp_path, layers, datatype_size=1)
     assert capsys.readouterr().err == (
-        "warning: t.csv:3: the ALLREDUCE of small3, weight gradient pass, comes to 3 bytes"
-        " (3 such in all), ASTRA-sim may never end, expected 4 or more\n"
+        "warning: t.csv:3: the ALLREDUCE of small3, weight gradient pass, is 3 bytes"
+        " (3 such in all): with fewer than 4 ASTRA-sim may never end\n"
     )
+
+
+# --- Collectives too large for ASTRA-sim 1.0
+
+
+LIMIT = 1 << 33  # bytes: ASTRA-sim 1.0 counts a quarter of them in 31 bits
+
+
+MODEL = "HYBRID_MODEL_DATA"  # over 8 NPUs in 2 packages: dp 4 within a package, mp 2 between
+
+
+def large_warnings(folder: Path, line: str, parallel: str, npus: int, packages: int) -> list[str]:
+    table = write_table(folder / "t.csv", line, header="Layer,m,n,k,Type")
+    flags = [FAST, f"--mnk={table}", f"--parallel={parallel}", "--datatype_size=1"]
+    result = run(folder, *flags, f"--num_npus={npus}", f"--num_packages={packages}")
+    assert result.status == 0
+    return [line for line in result.err.splitlines() if "too large" in line]
+
+
+@pytest.mark.parametrize(
+    ("line", "parallel", "packages", "large"),
+    [
+        pytest.param(f"a,8,{1 << 20},{1 << 13},", "DATA", 1, "ALLREDUCE", id="ALLREDUCE"),
+        pytest.param(f"a,8,{(1 << 20) - 8},{1 << 13},", "DATA", 1, "", id="a smaller ALLREDUCE"),
+        pytest.param(f"a,{1 << 22},8,{1 << 11},", "MODEL", 1, "REDUCESCATTER", id="REDUCESCATTER"),
+        # m n / 8 are 2^32 bytes of one NPU: they count twice where 2 packages gather them too
+        pytest.param(
+            f"a,{1 << 23},{1 << 12},8,", "MODEL", 2, "ALLGATHER", id="ALLGATHER, 2 levels"
+        ),
+        pytest.param(f"a,{1 << 23},{1 << 12},8,", "MODEL", 1, "", id="ALLGATHER, 1 level"),
+        pytest.param(f"a,{1 << 23},{1 << 12},8,", "MODEL", 8, "", id="ALLGATHER, between packages"),
+        pytest.param(f"a,{1 << 23},{1 << 12},8,", MODEL, 2, "", id="ALLGATHER of a hybrid"),
+        pytest.param(
+            f"a,{1 << 24},{1 << 12},8,", MODEL, 2, "ALLGATHER", id="a hybrid's larger one"
+        ),
+        pytest.param(f"a,{1 << 24},8,{1 << 9},COLUMN_PARALLEL", "MODEL", 2, "ALLREDUCE", id="type"),
+    ],
+)
+def test_collectives_that_astrasim_1_loses_count_of(
+    line: str, parallel: str, packages: int, large: str, tmp_path: Path
+) -> None:
+    warnings = large_warnings(tmp_path, line, parallel, 8, packages)
+    if not large:
+        assert warnings == []
+        return
+    (warning,) = warnings
+    assert warning.startswith(f"warning: {tmp_path}/t.csv:2: the {large} of a, ")
+    assert warning.endswith(
+        " bytes (1 such in all), too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it"
+    )
+
+
+def test_a_collective_of_one_member_is_never_too_large(tmp_path: Path) -> None:
+    assert large_warnings(tmp_path, f"a,8,{LIMIT},8,", "DATA", 1, 1) == []
+
+
+def test_gpt3_on_64_npus_has_large_collectives(tmp_path: Path) -> None:
+    mnk = MNK_INPUTS / "gpt3_175b.csv"
+    result = run(tmp_path, FAST, f"--mnk={mnk}", "--num_npus=64", "--parallel=MODEL", "--dry_run")
+    (warning,) = [line for line in result.err.splitlines() if "too large" in line]
+    assert warning.startswith(f"warning: {mnk}:2: the ALLREDUCE of block0_qkv, input gradient pass")
+    assert "(384 such in all)" in warning

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -199,11 +200,11 @@ FIFTY_RUNS = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from helpers import settings, tool
+import helpers
 for number in range(1, 51):
     if not os.fork():
         folder = Path(sys.argv[1], str(number))
-        tool.generate(settings(folder, num_npus=2 * number, summary_csv=folder.parent / "s.csv"))
+        helpers.generate(folder, num_npus=2 * number, summary_csv=folder.parent / "s.csv")
         os._exit(0)
 for _ in range(50):
     assert os.wait()[1] == 0
@@ -213,14 +214,17 @@ for _ in range(50):
 def test_fifty_runs_at_once(tmp_path: Path) -> None:
     """All come to a file that is still empty while another run, which is this test, has its lock.
 
-    A run has made its folder and layers.csv before it waits for the lock.
+    A run has written the files of its run folder before it waits for the lock.
     """
     summary, tests = tmp_path / "s.csv", Path(__file__).parent
     with summary.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         command = [sys.executable, "-c", FIFTY_RUNS, str(tmp_path), str(SCRIPT.parent), str(tests)]
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while running.poll() is None and len(list(tmp_path.glob("*/outputs/run/layers.csv"))) < 50:
+        while (
+            running.poll() is None
+            and len(list(tmp_path.glob("*/outputs/DATA/run/layers.csv"))) < 50
+        ):
             time.sleep(0.02)
         time.sleep(0.2)
         assert summary.read_text() == ""
@@ -290,13 +294,10 @@ def test_a_summary_that_cannot_be_appended_to_is_refused(what: str, tmp_path: Pa
     ("flags", "status"),
     [
         pytest.param(["--scalesim_path=fake"], 1, id="SCALE-Sim fails"),
-        pytest.param([FAST, "--output_file=/dev/full"], 1, id="no space for the text file"),
         pytest.param([FAST, "--dry_run"], 0, id="dry run"),
     ],
 )
-def test_a_run_without_a_workload_file_leaves_no_row(
-    flags: list[str], status: int, tmp_path: Path
-) -> None:
+def test_a_run_without_results_leaves_no_row(flags: list[str], status: int, tmp_path: Path) -> None:
     fake_v2(tmp_path / "fake", "sys.exit(3)")
     table = write_table(tmp_path / "t.csv", "a,8,8,8")
     summary_of(tmp_path)
@@ -309,3 +310,65 @@ def test_a_run_without_a_workload_file_leaves_no_row(
 def test_a_dry_run_makes_no_summary(tmp_path: Path) -> None:
     assert run(tmp_path, FAST, "--dry_run", "--summary_csv=s.csv").status == 0
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Collectives of one member: in the text file, shown as such, not counted, and warned of
+
+
+ACTIVATIONS, WEIGHTS = {"ALLGATHER", "REDUCESCATTER"}, {"ALLREDUCE"}
+
+
+EVERY = ACTIVATIONS | WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("parallel", "npus", "packages", "alone"),
+    [
+        pytest.param("HYBRID_DATA_MODEL", 8, 1, WEIGHTS, id="HYBRID_DATA_MODEL, 1 package"),
+        pytest.param("HYBRID_DATA_MODEL", 8, 8, ACTIVATIONS, id="HYBRID_DATA_MODEL, 8 packages"),
+        pytest.param("HYBRID_MODEL_DATA", 8, 1, ACTIVATIONS, id="HYBRID_MODEL_DATA, 1 package"),
+        pytest.param("HYBRID_MODEL_DATA", 8, 8, WEIGHTS, id="HYBRID_MODEL_DATA, 8 packages"),
+        pytest.param("HYBRID_DATA_MODEL", 1, 1, EVERY, id="HYBRID_DATA_MODEL, 1 NPU"),
+        pytest.param("HYBRID_MODEL_DATA", 1, 1, EVERY, id="HYBRID_MODEL_DATA, 1 NPU"),
+    ],
+)
+def test_collectives_of_one_member_are_shown_and_not_counted(
+    parallel: str,
+    npus: int,
+    packages: int,
+    alone: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = summary_of(tmp_path, parallel=parallel, num_npus=npus, num_packages=packages)
+    out, err = capsys.readouterr()
+    assert set(re.findall(r"  ([A-Z]+) of 1 ", out)) == alone
+    assert set(re.findall(r"^7 × ([A-Z]+) ", out, re.MULTILINE)) == EVERY - alone
+    assert {name for name in EVERY if row[f"{name.lower()}_count"] == "7"} == EVERY - alone
+    assert {name for name in EVERY if row[f"{name.lower()}_bytes"] != "0"} == EVERY - alone
+    if npus == 1:
+        assert err == "", "who has one NPU has no other over which a collective could run"
+    else:
+        assert re.fullmatch(f"warning: {7 * len(alone)} collectives have one member: .*\n", err)
+    said = sums_of_text(tmp_path / "workload.txt")
+    counts = [said[f"{name.lower()}_count"] for name in EVERY]
+    assert counts == ["7"] * 3, "the text file has them all the same"
+
+
+@pytest.mark.parametrize(
+    ("npus", "packages"),
+    [
+        pytest.param(8, 1, id="8 NPUs in 1"),
+        pytest.param(8, 2, id="8 NPUs in 2"),
+        pytest.param(8, 8, id="8 NPUs in 8"),
+        pytest.param(1, 1, id="1 NPU"),
+    ],
+)
+@pytest.mark.parametrize("parallel", ["DATA", "MODEL"])
+def test_no_warning_of_one_member_where_all_npus_take_part(
+    parallel: str, npus: int, packages: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(tmp_path, parallel=parallel, num_npus=npus, num_packages=packages)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert (" of 1 " in out) == (npus == 1)

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
+from helpers import layers_of_table
 
 FIVE = "Layer,m,n,k,CustomizedParallelization"
-NEEDED = "layer, m, n, k"
-KNOWN = f"{NEEDED}, type, count, customizedparallelization"
+NEEDED = "Layer, m, n, k"
+KNOWN = f"{NEEDED}, Type, Count, CustomizedParallelization"
 Cells = tuple[str, int, int, int, str]  # name, m, n, k, strategy
 
 
 def read(folder: Path, data: bytes, parallel: str = "DATA") -> list[Cells]:
     path = folder / "table.csv"
     path.write_bytes(data)
-    layers = tool.read_layers(path, parallel, 1)
+    layers = layers_of_table(path, parallel)
     return [(layer.name, layer.m, layer.n, layer.k, layer.strategy) for layer in layers]
 
 
@@ -64,29 +65,30 @@ def test_each_layer_has_its_own_strategy_under_hybrid_customized(tmp_path: Path)
     assert [strategy for *_, strategy in layers] == strategies
 
 
-def test_blanks_in_a_name_become_underscores_with_a_warning(
+def test_spaces_in_a_name_become_underscores_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = read(tmp_path, "Layer,m,n,k\na,1,2,3\n\u00e9 b\u00a0c,1,2,3\nd e,1,2,3\n".encode())
     assert [name for name, *_ in layers] == ["a", "\u00e9_b_c", "d_e"]
-    expected = f"{tmp_path}/table.csv:3: blanks in a name become _ (2 such in all)"
+    expected = f"{tmp_path}/table.csv:3: spaces in layer names become _ (2 such in all)"
     assert capsys.readouterr().err == f"warning: {expected}\n"
 
 
 WHOLE = "expected a whole number >= 1"
 PRINTABLE = "expected printable characters"
+NO_HEADER = "no header, expected Layer,m,n,k"
 
 
 @pytest.mark.parametrize(
     ("data", "line", "message"),
     [
-        pytest.param(b"", 1, f"no column layer, expected {NEEDED}", id="empty"),
-        pytest.param(b"\n \n", 1, f"no column layer, expected {NEEDED}", id="blank"),
+        pytest.param(b"", 1, NO_HEADER, id="empty"),
+        pytest.param(b"\n \n", 1, NO_HEADER, id="blank"),
         pytest.param(
             b"a,1,2,3\nb,1,2,3\n", 1, f"unknown column 'a', expected {KNOWN}", id="no header"
         ),
         pytest.param(b"Layer,m,n\na,1,2\n", 1, f"no column k, expected {NEEDED}", id="no k"),
-        pytest.param(b"m,n,k\n1,2,3\n", 1, f"no column layer, expected {NEEDED}", id="no layer"),
+        pytest.param(b"m,n,k\n1,2,3\n", 1, f"no column Layer, expected {NEEDED}", id="no layer"),
         pytest.param(
             b"Layer,m,n,n\na,1,2,3\n", 1, "two columns n, expected one", id="column twice"
         ),
@@ -94,22 +96,22 @@ PRINTABLE = "expected printable characters"
             b"\nLayer,m,n,k,x\n", 2, f"unknown column 'x', expected {KNOWN}", id="unknown column"
         ),
         pytest.param(
-            b"Layer,m,n,k,Typ\n", 1, "unknown column 'typ', did you mean type?", id="near column"
+            b"Layer,m,n,k,Typ\n", 1, "unknown column 'Typ', did you mean Type?", id="near column"
         ),
         pytest.param(
             b"Layer,m,n,k,Customized Parallelisation\n",
             1,
-            "unknown column 'customized parallelisation', did you mean customizedparallelization?",
+            "unknown column 'Customized Parallelisation', did you mean CustomizedParallelization?",
             id="near fifth column",
         ),
         pytest.param(
             b"Layer,m,n,k,Padding\n",
             1,
-            f"unknown column 'padding', expected {KNOWN}",
+            f"unknown column 'Padding', expected {KNOWN}",
             id="column of convolutions",
         ),
         pytest.param(
-            b"Layer,m,n,k,Eh\n", 1, f"unknown column 'eh', expected {KNOWN}", id="Eh of GEMMs"
+            b"Layer,m,n,k,Eh\n", 1, f"unknown column 'Eh', expected {KNOWN}", id="Eh of GEMMs"
         ),
         pytest.param(
             b"Layer,m,n,k\n", 1, "no layers, expected one in each line below", id="no layers"
@@ -155,7 +157,7 @@ PRINTABLE = "expected printable characters"
         pytest.param(
             b"\x7fELF\x02\xff",
             1,
-            rf"unknown column '\x7felf\x02\udcff', expected {KNOWN}",
+            rf"unknown column '\x7fELF\x02\udcff', expected {KNOWN}",
             id="binary",
         ),
         pytest.param(
@@ -190,7 +192,7 @@ STRATEGIES = "DATA, MODEL, HYBRID_DATA_MODEL, HYBRID_MODEL_DATA"
         pytest.param(
             b"Layer,m,n,k\na,1,2,3\n",
             1,
-            "no column CustomizedParallelization, expected one for HYBRID_CUSTOMIZED",
+            f"no column CustomizedParallelization, expected {NEEDED}, CustomizedParallelization",
             id="no fifth column",
         ),
         *(

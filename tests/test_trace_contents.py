@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import gen_astrasim_workload_input as tool
+import helpers
 from chakra_reader import contents, expected_contents, generate
-from helpers import MNK_INPUTS, PLAIN_AND_CUSTOMIZED, settings, write_table
+from helpers import MNK_INPUTS, PLAIN_AND_CUSTOMIZED, write_table
 
 # How many nodes the 7 layers of a table have: 3 x 7 GEMMs, less the first input gradient under
 # DATA; after them at most 7, 6 and 7 collectives.
@@ -65,7 +66,7 @@ def test_the_unit_of_the_text_file_does_not_change_a_byte_of_a_trace(
         mnk = MNK_INPUTS / "example_customized.csv"
         prefix = tmp_path / unit
         chosen = {"mnk": mnk, "parallel": parallel, "time_unit": unit, "clock_mhz": 700.0}
-        tool.generate(settings(tmp_path, chakra_et=prefix, **chosen))
+        helpers.generate(tmp_path, chakra_et=prefix, **chosen)
         traces.add(Path(f"{prefix}.0.et").read_bytes())
     assert len(traces) == 1
 
@@ -91,7 +92,7 @@ def test_what_does_not_fit_into_64_bits_names_the_layer(
     mnk = write_table(tmp_path / "t.csv", "fits,64,64,64", layer)
     with pytest.raises(tool.UserError) as error:
         generate(tmp_path, mnk=mnk, parallel=parallel)
-    expected = f"{mnk}:3: a, {pass_name} pass: a number beyond the 64 bits of a trace"
+    expected = f"{mnk}:3: a, {pass_name} pass: value exceeds 64 bits"
     assert str(error.value) == expected
     assert not (tmp_path / "workload.txt").exists()
     assert list(tmp_path.glob("et/*")) == []

@@ -1,4 +1,4 @@
-"""The files of execution traces: one for each NPU, all of them or none, refused before the run."""
+"""The files of execution traces: one for each NPU, each of them whole, refused before the run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from helpers import (
     GOOD_REPORT,
     MNK_INPUTS,
     SCRIPT,
-    SUMMARY_HEADER,
     fake_v2,
     is_flag_error,
-    rows_of,
     run,
     state,
 )
+from processes import ended, start_command
 
 
 def in_et(folder: Path) -> list[Path]:
@@ -92,76 +91,32 @@ def test_older_traces_are_replaced(tmp_path: Path) -> None:
     assert not [path for path in in_et(tmp_path) if path.name not in trace_names(16)]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["no traces before", "traces before"])
-def test_a_run_that_can_not_write_its_workload_file_leaves_the_traces_as_they_were(
-    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if again:
-        generate(tmp_path)
-    else:
-        (tmp_path / "et").mkdir()
-    before = state(tmp_path / "et")
-    write_bytes = Path.write_bytes
-
-    def no_space_for_output(path: Path, data: bytes) -> int:
-        if data.startswith(b"DATA\n"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_bytes(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", no_space_for_output)
-    with pytest.raises(OSError, match=f"No space left.*{tmp_path}/workload.txt"):
-        generate(tmp_path, num_passes=2)
-    assert state(tmp_path / "et") == before
-
-
-# The script, which gets a signal each time that it puts a trace in place.
-SIGNALLED = """
-import os, sys
+# The script, which gets a Ctrl-C when it puts its fourth trace in place.
+INTERRUPTED = """
+import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
-number = int(sys.argv.pop(1))
 import gen_astrasim_workload_input as tool
 replace = os.replace
-def signalled(source, target):
-    if str(target).endswith(".et"):
-        os.kill(os.getpid(), number)
+def interrupted(source, target):
+    if str(target).endswith(".3.et"):
+        signal.raise_signal(signal.SIGINT)
     replace(source, target)
-os.replace = signalled
+os.replace = interrupted
 tool.command_line()
 """
 
 
-def run_signalled(folder: Path, number: int, *flags: str) -> None:
-    """Run the script, which ends by a signal that comes while results are put in place."""
-    flags = (FAST, "--cache_dir=", "--chakra_et=et/x", "--clock_mhz=1", "--num_npus=16", *flags)
-    command = [sys.executable, "-c", SIGNALLED, str(SCRIPT.parent), str(int(number)), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-number, ""), done.stderr
-
-
-signals = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-
-
-@signals
-def test_a_signal_while_results_are_put_in_place_is_heeded_after_it(
-    number: int, tmp_path: Path
+def test_ctrl_c_while_traces_are_put_in_place_leaves_whole_ones_and_no_workload_file(
+    tmp_path: Path,
 ) -> None:
-    """No mixture of old and new traces, and no text file without them."""
-    generate(tmp_path)
-    before = {path.stat().st_ino for path in in_et(tmp_path)}
-    (tmp_path / "workload.txt").write_text("old")
-    run_signalled(tmp_path, number)
-    assert {path.name for path in in_et(tmp_path)} == trace_names(16)
-    assert before.isdisjoint(path.stat().st_ino for path in in_et(tmp_path))
-    assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
-
-
-@signals
-def test_a_signal_while_results_are_put_in_place_leaves_their_row(
-    number: int, tmp_path: Path
-) -> None:
-    run_signalled(tmp_path, number, "--summary_csv=s.csv")
-    assert (tmp_path / "workload.txt").read_text().startswith("DATA\n7\n")
-    assert [row["num_npus"] for row in rows_of(tmp_path / "s.csv", SUMMARY_HEADER)] == ["16"]
+    flags = [FAST, "--cache_dir=", "--chakra_et=et/x", "--clock_mhz=1", "--num_npus=16"]
+    command = [sys.executable, "-c", INTERRUPTED, str(SCRIPT.parent), *flags]
+    running = start_command(tmp_path, command)
+    result = ended(running)
+    assert (result.status, result.out, result.err) == (-signal.SIGINT, "", "")
+    assert [path.name for path in in_et(tmp_path)] == ["x.0.et", "x.1.et", "x.2.et"]
+    assert len(read_trace(tmp_path / "et/x.2.et")) == 20 + 7
+    assert not (tmp_path / "workload.txt").exists()
 
 
 FOLDER = " is a folder, expected a file to write"

@@ -14,9 +14,14 @@ from chakra_reader import generate as generate_trace
 from helpers import (
     FAST,
     MNK_INPUTS,
+    PASS_NAMES,
     PLAIN,
+    accelerator_of,
+    collective_of,
+    gemms_of,
     generate,
     is_one_error_line,
+    plan_of_table,
     read_like_astrasim,
     read_like_chakra,
     run,
@@ -40,16 +45,14 @@ def planned(folder: Path, header: str, line: str, **changes: Any) -> Planned:
     chosen = settings(
         folder, mnk=write_table(folder / "t.csv", line, header=header), **{**SYSTEM, **changes}
     )
-    (layer,) = tool.read_layers(chosen.mnk, chosen.parallel, chosen.minibatch)
-    passes = tool.plan_layer(layer, chosen).passes
-    return [
-        (
-            layer_pass.repeats,
-            tuple(layer_pass.gemm),
-            tuple(layer_pass.collective) if layer_pass.collective else None,
-        )
-        for layer_pass in passes
-    ]
+    (plan,) = plan_of_table(chosen).layers
+    assert list(plan.passes) == list(PASS_NAMES)
+    found: Planned = []
+    for layer_pass, gemm in zip(plan.passes.values(), gemms_of(plan), strict=True):
+        collective = collective_of(layer_pass)
+        known = tuple(collective) if collective.kind != "NONE" else None
+        found.append((layer_pass.count, gemm, known))
+    return found
 
 
 PLAIN_LAYER: Planned = [
@@ -236,7 +239,7 @@ def test_a_pass_takes_its_gemms_cycles_times_its_count(tmp_path: Path) -> None:
     assert len(list((tmp_path / "c").rglob("*.json"))) == 3
     folder = tmp_path / "outputs/DATA/t"
     assert (folder / "t_fwd_pass.csv").read_text().splitlines()[1:] == ["a,8,6,1,6,1,4,1,"]
-    cycles = tool.analytical_cycles(tool.Gemm(8, 4, 6), tool.read_architecture(None))
+    cycles = accelerator_of().stall_free_cycles(tool.Gemm(8, 4, 6))
     rows = (folder / "layers.csv").read_text().splitlines()
     assert rows[1] == f"a,BATCHED_GEMM,DATA,1,1,forward,5,8,4,6,{5 * cycles},NONE,0,1,0"
     _, (layer,) = read_like_astrasim((tmp_path / "workload.txt").read_text())
@@ -264,17 +267,20 @@ def test_a_pass_takes_its_gemms_cycles_times_its_count(tmp_path: Path) -> None:
         pytest.param(
             "Layer,m,n,k,Type",
             "a,8,8,8,EMBEDDING",
-            "EMBEDDING, expected --parallel=HYBRID_DLRM",
+            "type EMBEDDING needs --parallel=HYBRID_DLRM",
             id="embedding elsewhere",
         ),
         pytest.param(
-            "Layer,m,n,k,Count", "a,8,8,8,4", "count '4' of a GEMM, expected none", id="count"
+            "Layer,m,n,k,Count",
+            "a,8,8,8,4",
+            "Count is '4', expected none with type GEMM",
+            id="count",
         ),
         *[
             pytest.param(
                 "Layer,m,n,k,Type,Count",
                 f"a,8,8,8,BATCHED_GEMM,{count}",
-                f"count is '{count}', expected a whole number >= 1, or samples x heads",
+                f"Count is '{count}', expected a whole number >= 1, or samples x heads",
                 id=f"count {count}",
             )
             for count in ("0", "x", "8x", "x8", "8x0", "1x2x3", "-1", "2.5", "many")
@@ -282,22 +288,22 @@ def test_a_pass_takes_its_gemms_cycles_times_its_count(tmp_path: Path) -> None:
         pytest.param(
             f"{CONVOLUTIONS},Type",
             "a,9,9,3,3,8,8,1,1,GEMM",
-            "unknown column 'type', expected",
+            "unknown column 'Type', expected",
             id="type of a convolution",
         ),
         pytest.param(
             CONVOLUTIONS,
             "a,9,9,3,3,9,8,1,2",
-            "channels is 9, expected a multiple of 2 groups",
+            "Channels is 9, expected a multiple of 2 groups",
             id="channels",
         ),
         pytest.param(
             CONVOLUTIONS,
             "a,9,9,3,3,8,9,1,2",
-            "num filter is 9, expected a multiple of 2 groups",
+            "Num Filter is 9, expected a multiple of 2 groups",
             id="filters",
         ),
-        pytest.param(CONVOLUTIONS, "a,9,9,3,3,8,8,1,0", "groups is '0', expected", id="no group"),
+        pytest.param(CONVOLUTIONS, "a,9,9,3,3,8,8,1,0", "Groups is '0', expected", id="no group"),
         pytest.param(
             CONVOLUTIONS,
             "conv_DP,9,9,3,3,8,8,1,",
@@ -305,7 +311,7 @@ def test_a_pass_takes_its_gemms_cycles_times_its_count(tmp_path: Path) -> None:
             id="depth-wise by its name",
         ),
         pytest.param(
-            "Layer,m,n,k,Tpye", "a,8,8,8,", "'tpye', did you mean type?", id="misspelt column"
+            "Layer,m,n,k,Tpye", "a,8,8,8,", "'Tpye', did you mean Type?", id="misspelt column"
         ),
     ],
 )
@@ -313,7 +319,7 @@ def test_refused(header: str, line: str, message: str, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", line, header=header)
     result = run(tmp_path, FAST, f"--mnk={table}", "--num_npus=1")
     assert is_one_error_line(result), result
-    where = 1 if "did you mean type" in message or "unknown column" in message else 2
+    where = 1 if "did you mean Type" in message or "unknown column" in message else 2
     assert result.err.startswith(f"error: {table}:{where}: ")
     assert message in result.err
 
@@ -355,7 +361,7 @@ def test_neighbours_that_do_not_fit_are_warned_of(first: str, second: str, tmp_p
         lacking = "a collective of the gradient" if first == "ROW_PARALLEL" else "an ALLGATHER"
         assert warnings == [
             f"warning: {tmp_path}/t.csv:3: a ({first}) before b ({second}) lacks {lacking}"
-            " (1 such in all), for which nothing is written"
+            " (1 such in all): no communication was added"
         ]
     assert warnings_of(tmp_path, *lines, parallel="DATA") == [], "nothing is split"
 
@@ -381,13 +387,13 @@ def test_neighbours_of_different_strategies(tmp_path: Path) -> None:
         pytest.param(
             "a,64,64,64,BATCHED_GEMM,,",
             "DATA",
-            "t.csv:2: a BATCHED_GEMM without a count (1 such in all), each taken as one product",
+            "t.csv:2: a BATCHED_GEMM without a Count (1 such in all), each taken as one product",
             id="no count",
         ),
         pytest.param(
             "a,64,64,64,BATCHED_GEMM,6x8,",
             "DATA",
-            "a: samples = 6 does not divide by 4, one NPU is timed with 2",
+            "a: samples = 6 is not divisible by 4, one NPU is timed with 2",
             id="samples",
         ),
         pytest.param(
@@ -399,18 +405,18 @@ def test_neighbours_of_different_strategies(tmp_path: Path) -> None:
         pytest.param(
             "a,64,64,64,BATCHED_GEMM,9,",
             "MODEL",
-            "a: count = 9 does not divide by 4, one NPU is timed with 3",
+            "a: count = 9 is not divisible by 4, one NPU is timed with 3",
             id="count",
         ),
         pytest.param(
             "a,64,64,66,ROW_PARALLEL,,",
             "MODEL",
-            "a: k = 66 does not divide by 4, one NPU is timed with 17",
+            "a: k = 66 is not divisible by 4, one NPU is timed with 17",
             id="k of rows",
         ),
     ],
 )
-def test_what_does_not_divide(line: str, parallel: str, warning: str, tmp_path: Path) -> None:
+def test_what_is_not_divisible(line: str, parallel: str, warning: str, tmp_path: Path) -> None:
     (written, *more) = warnings_of(tmp_path, line, parallel=parallel)
     assert written.endswith(warning)
     if warning.endswith("one product"):
@@ -435,8 +441,8 @@ def test_fewer_images_than_npus(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", "a,9,9,2,2,8,8,1,1", header=CONVOLUTIONS)
     flags = [FAST, f"--mnk={table}", "--num_npus=4"]
     assert run(tmp_path, *flags, "--minibatch=3").err == (
-        "warning: a: 3 images over 4 NPUs, so that pixels of an image are split;"
-        " --minibatch gives the images of all NPUs\n"
+        "warning: a: 3 images over 4 NPUs, so that an image is split by pixels;"
+        " --minibatch is the number of images of all NPUs\n"
     )
     assert run(tmp_path, *flags, "--minibatch=4").err == ""
     assert run(tmp_path, *flags, "--parallel=MODEL").err == ""
@@ -473,5 +479,5 @@ def test_a_block_is_shown_once(
         tmp_path, mnk=MNK_INPUTS / "llama3_70b.csv", parallel=parallel, num_npus=8, num_packages=2
     )
     out, err = capsys.readouterr()
-    assert len(re.findall("^80 × ", out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^block0_\w+ × 80 ", out, re.MULTILINE)) == 6
     assert "lacks" not in err

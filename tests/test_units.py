@@ -183,3 +183,30 @@ def test_refused(flags: list[str], message: str, tmp_path: Path) -> None:
     assert is_flag_error(result), result
     assert message in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        (["--time_unit=us"], "whole us"),
+        (["--chakra_et=et/x"], "whole us, which are all that a trace holds,"),
+        (["--chakra_et=et/x", "--time_unit=us"], "whole us, which are all that a trace holds,"),
+        (["--chakra_et=et/x", "--time_unit=ns"], "whole us, which are all that a trace holds,"),
+    ],
+    ids=["text", "traces", "both in us", "text in ns"],
+)
+def test_rounding_is_warned_of_once_and_says_of_what(
+    flags: list[str], precision: str, tmp_path: Path
+) -> None:
+    result = run(tmp_path, FAST, "--num_npus=16", "--num_packages=2", "--clock_mhz=700", *flags)
+    assert result.err == (
+        f"warning: rounding to {precision} moves the compute time of the weight gradient pass"
+        " by +4.0%\n"
+    )
+
+
+def test_a_dry_run_warns_of_rounding_in_traces_too(tmp_path: Path) -> None:
+    flags = [FAST, "--num_npus=16", "--num_packages=2", "--clock_mhz=700", "--chakra_et=et/x"]
+    dry, real = run(tmp_path, *flags, "--dry_run"), run(tmp_path, *flags)
+    assert "all that a trace holds" in dry.err
+    assert dry.err == real.err

@@ -22,15 +22,6 @@ from helpers import (
 TOPOLOGY_HEADER = (
     "layer name,ifmap height,ifmap width,filter height,filter width,channels,num filter,strides,\n"
 )
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.mark.parametrize("case", sorted(GOLDEN.glob("*.txt")), ids=lambda case: case.stem)
-def test_golden(case: Path, tmp_path: Path) -> None:
-    """A new case is a new file, <mnk table>.<strategy>.txt: 16 NPUs, 2 packages, size 2."""
-    table, parallel = case.stem.split(".")
-    mnk = MNK_INPUTS / f"{table}.csv"
-    assert generate(tmp_path, mnk=mnk, parallel=parallel) == case.read_text()
 
 
 @pytest.mark.parametrize("parallel", PLAIN_AND_CUSTOMIZED)
@@ -63,9 +54,8 @@ def test_update_time_is_the_last_number_of_a_layer(tmp_path: Path) -> None:
 def run_folder(tmp_path: Path) -> Path:
     """Return the run folder of a layer whose name needs quotes."""
     mnk = write_table(tmp_path / "my.layers.csv", '"a,""b",64,20,30')
-    folder = tmp_path / "deep" / "er"
-    generate(tmp_path, mnk=mnk, run_folder=folder)
-    return folder
+    generate(tmp_path, mnk=mnk, run_name="deep/er")
+    return tmp_path / "outputs/DATA/deep/er"
 
 
 def test_the_files_of_the_run_folder(run_folder: Path) -> None:

@@ -1144,12 +1144,16 @@ class Table(NamedTuple):
         warn_of_first(attention, f"; {advice}")
         if self.parallel == DLRM:
             self.check_embedding(layers)
-        for layer, following in zip(layers, [*layers[1:], None]):
-            is_last = not following or following.type != "EXPERT_DOWN"
-            if layer.type == "EXPERT_UP" and is_last:
+        self.check_experts(layers)
+        return layers
+
+    def check_experts(self, layers: list[Layer]) -> None:
+        """Refuse the first half of experts without the second."""
+        types_below = [layer.type for layer in layers[1:]] + [""]
+        for layer, type_below in zip(layers, types_below):
+            if layer.type == "EXPERT_UP" and type_below != "EXPERT_DOWN":
                 what = f"{layer.name} is an EXPERT_UP"
                 raise UserError(f"{layer.where}: {what}, expected an EXPERT_DOWN below it")
-        return layers
 
     def check_embedding(self, layers: list[Layer]) -> None:
         """Refuse a table for HYBRID_DLRM without one embedding between two MLPs."""
@@ -1322,13 +1326,6 @@ class LayerPlan(NamedTuple):
         return any(collective.is_prefetched for collective in self.passes["forward"].before)
 
     @property
-    def frees_weights(self) -> bool:
-        """Whether they are freed after forward, and gathered once more."""
-        backward = [*self.passes.values()][1:]
-        gathers = [gather for each in backward for gather in each.before if gather.is_prefetched]
-        return bool(gathers)
-
-    @property
     def uneven_shares(self) -> list[Share]:
         """What is not divisible, so that NPUs have different shares."""
         return [share for share in self.shares if share.total % share.parts]
@@ -1358,7 +1355,7 @@ class LayerPlan(NamedTuple):
             others = [plan for plan in (self, after) if not plan.layer.type.startswith("EXPERT")]
             if all(plan.mp == 1 for plan in others):
                 return ""
-            return f"{pair} that splits more than tokens lacks a resharding"
+            return f"{pair} lacks a resharding to tokens split over all NPUs, as by DATA"
         if first.strategy != second.strategy:
             return f"{pair} of another strategy lacks a resharding"
         if self.mp == 1 or types[0] == "EXPERT_UP" or after.reads_input_of(self):
@@ -1433,11 +1430,8 @@ class Plan:
     @property
     def gemms_to_time(self) -> dict[Gemm, Pass]:
         """Those of passes whose cycles were not measured elsewhere."""
-        gemms: dict[Gemm, Pass] = {}
-        for layer_pass in self.passes:
-            if isinstance(layer_pass.work, Gemm) and not layer_pass.is_measured:
-                gemms.setdefault(layer_pass.work, layer_pass)
-        return gemms
+        to_time = {layer_pass.work for layer_pass in self.passes if not layer_pass.is_measured}
+        return {gemm: first for gemm, first in self.gemms.items() if gemm in to_time}
 
     @property
     def embedding_position(self) -> int:
@@ -2454,7 +2448,7 @@ class DaskPool(Pool):
     def bounded(self, call: Callable[[], Any], what: str) -> Any:
         """Return what a call to Dask returns; UserError if it fails, or does not return in time.
 
-        Dask's own time-outs do not reach each wait for a server that says nothing.
+        Dask's own time-outs do not reach every wait for a server that says nothing.
         """
         answer: Future[Any] = Future()
 
@@ -2522,7 +2516,11 @@ class DaskPool(Pool):
         if time.monotonic() < self.next_look:
             return
         self.next_look = time.monotonic() + 60
-        workers = self.bounded(self.client.get_versions, "does not answer")["workers"]
+        try:
+            workers = self.bounded(self.client.get_versions, "does not answer")["workers"]
+        except UserError as error:
+            say("waiting", str(error))  # a machine may be suspended
+            return
         here = platform.python_version_tuple()[:2]
         for worker, versions in workers.items():
             python = versions["host"]["python"]
@@ -2765,6 +2763,8 @@ class Trace:
         self.settings = settings
         self.clock = settings.trace_clock
         self.chakra = chakra
+        sharding = SHARDINGS.get(settings.sharding_strategy)
+        self.frees_weights = sharding is not None and sharding.gathers_again
         self.stream = io.BytesIO()
         self.next_id = 0
         chakra.write(chakra.metadata(version="0.0.4"), self.stream)
@@ -2819,19 +2819,18 @@ class Trace:
         computed. PyTorch holds the weights of two layers, one in use and one prefetched.
         """
         computed: Nodes = []
-        sharded: list[Nodes] = [[], []]  # the computing of layers whose weights were gathered
-        all_updated: Nodes = []
+        sharded: list[Nodes] = [[], []]  # the computing of each sharded layer, after two of nothing
+        weights_updated: Nodes = []
         for layer_plan, layer_updated in zip(layers, updated):
             if layer_plan.is_sharded:
-                all_updated = all_updated + layer_updated
+                weights_updated += layer_updated
         for layer_plan, layer_updated in zip(layers, updated):
-            gathered_after = all_updated
-            if layer_plan.frees_weights:
-                gathered_after = gathered_after + sharded[-2]
             layer_pass = layer_plan.passes["forward"]
-            computed, waits_for = self.add_pass(
-                layer_pass, waits_for + layer_updated, gathered_after
-            )
+            before = waits_for + layer_updated
+            gathered_after = [*weights_updated]
+            if self.frees_weights:
+                gathered_after += sharded[-2]
+            computed, waits_for = self.add_pass(layer_pass, before, gathered_after)
             if layer_plan.is_sharded:
                 sharded.append(computed)
         return computed, waits_for

@@ -395,6 +395,8 @@ class Settings(NamedTuple):
 
     mnk: Path
     parallel: str
+    inference: bool
+    sharding_strategy: str
     num_npus: int
     num_packages: int
     datatype_size: int  # bytes
@@ -409,8 +411,6 @@ class Settings(NamedTuple):
     cache_dir: Path | None
     shard_rounding: str
     update_time: int
-    inference: bool
-    sharding_strategy: str
     time_unit: str
     clock_mhz: float | None
     chakra_et: Path | None

@@ -87,7 +87,7 @@ def warn(message: str) -> None:
 
 
 def warn_of_first(cases: list[str], consequence: str) -> None:
-    """Print one warning for all cases, which names the first."""
+    """Warn once for all cases: name the first, and count the others."""
     if cases:
         others = f" (and {len(cases) - 1} more)" if cases[1:] else ""
         warn(f"{cases[0]}{others}{consequence}")
@@ -193,13 +193,13 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def replace_file(target: Path, data: bytes, mode_of: Path | None = None) -> None:
-    """Put a file, or nothing at all, in the place of another, with the permissions of a third."""
+def replace_file(target: Path, data: bytes, permissions_of: Path | None = None) -> None:
+    """Put a file in the place of another, whole or not at all, with the permissions of a third."""
     part = target.with_name(f".{os.urandom(8).hex()}.part")
     try:
         part.write_bytes(data)
-        if mode_of:
-            shutil.copymode(mode_of, part)
+        if permissions_of:
+            shutil.copymode(permissions_of, part)
         os.replace(part, target)
     finally:
         with suppress(OSError):
@@ -213,13 +213,16 @@ def write_file(path: Path, data: bytes) -> None:
     files: mounted on their own, or in a folder that is not to be written to.
     """
     with errors_name(path):
+        if path == Path("/dev/stdout"):  # perhaps a file, which the shell appends to
+            sys.stdout.buffer.write(data)
+            return
         if is_device(path):
             path.write_bytes(data)
             return
         target = path.resolve()
         exists = target.exists()
         try:
-            replace_file(target, data, mode_of=target if exists else None)
+            replace_file(target, data, permissions_of=target if exists else None)
         except OSError as error:
             can_not_replace = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
             if not exists or error.errno not in can_not_replace:
@@ -390,6 +393,18 @@ class Clock(NamedTuple):
         return max(1, round(cycles * self.cycle_length))
 
 
+PATH_FLAGS = (
+    "mnk",
+    "output_file",
+    "scalesim_path",
+    "scalesim_config",
+    "gemm_cycles",
+    "cache_dir",
+    "chakra_et",
+    "summary_csv",
+)
+
+
 class Settings(NamedTuple):
     """The flags, with absolute paths; None where a path was not given."""
 
@@ -431,14 +446,12 @@ class Settings(NamedTuple):
         if os.path.expanduser(given.cache_dir).startswith("~"):
             warn("there is no home folder: simulations are not cached")
             values["cache_dir"] = ""
-        for name in ("mnk", "output_file", "scalesim_path", "scalesim_config"):
-            values[name] = absolute_path(values[name])
-        for name in ("gemm_cycles", "cache_dir", "chakra_et", "summary_csv"):
+        for name in PATH_FLAGS:
             values[name] = absolute_path(values[name])
         values["run_name"] = given.run_name or values["mnk"].stem
         settings = cls(**values)
         settings.warn_of_flags()
-        if settings.is_sharded:
+        if settings.uses_fsdp:
             settings.check_sharding()
             return settings._replace(output_file=None)
         return settings
@@ -450,13 +463,15 @@ class Settings(NamedTuple):
             for name in ("scalesim_path", "dask_scheduler", "jobs"):
                 if given[name].present:
                     warn(f"--{name} has no effect with --cycle_model={given.cycle_model}")
+        elif given.dask_scheduler and given["jobs"].present:
+            warn("--jobs has no effect with --dask_scheduler")
         if given["num_passes"].present and not given.chakra_et:
             warn("--num_passes has no effect without --chakra_et")
         if given.chakra_et and given.num_npus == 1:
             warn("traces for 1 NPU: ASTRA-sim 2.x takes no network of one NPU")
 
     @property
-    def is_sharded(self) -> bool:
+    def uses_fsdp(self) -> bool:
         """Whether data parallelism shards weights, gradients and optimizer states."""
         return self.sharding_strategy != "NO_SHARD"
 
@@ -543,7 +558,7 @@ class Layer(NamedTuple):
     m: int  # rows of the outputs: samples, tokens or pixels, of all NPUs together
     n: int  # columns of the outputs
     k: int  # reduction: the length of the sum that an output is
-    input_elements: int  # m x k; of a convolution its ifmaps, without im2col's repeats
+    input_elements: int  # m x k; of a convolution its ifmaps, without im2col's copies
     images: int | None = None  # of a convolution
     groups: int = 1  # of a convolution
     products: int = 1  # equal and independent, of a BATCHED_GEMM whose count is a plain number
@@ -599,11 +614,16 @@ class Lookups(NamedTuple):
         return divide_up(self.accesses * self.m * self.n * self.k, bandwidth)
 
 
+COLLECTIVE_KINDS = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0, "ALLTOALL": 6}  # in Chakra
+
+
 class Collective(NamedTuple):
     """A communication of one NPU with its group."""
 
     kind: str  # one of COLLECTIVE_KINDS
-    bytes: int  # an NPU's share in an ALLGATHER or ALLTOALL, the group's buffer in others
+    # As ASTRA-sim counts them: in an ALLGATHER an NPU's share of what all have in the end, in an
+    # ALLTOALL all that an NPU has for the others and itself, in others the buffer that is reduced.
+    bytes: int
     within: int  # NPUs of the group in each package
     between: int  # packages that the group spans
     is_prefetched: bool = False  # it does not wait for the layer before
@@ -656,8 +676,7 @@ class Collective(NamedTuple):
         }[self.kind]
 
 
-COLLECTIVE_KINDS = {"ALLGATHER": 2, "REDUCESCATTER": 7, "ALLREDUCE": 0, "ALLTOALL": 6}  # in Chakra
-NO_COLLECTIVE = Collective("NONE", bytes=0, within=1, between=1)  # as files have it
+NO_COLLECTIVE = Collective("NONE", bytes=0, within=1, between=1)  # how files write that
 
 
 class CollectiveRule(NamedTuple):
@@ -671,6 +690,7 @@ class CollectiveRule(NamedTuple):
         """Return the collective of a layer; None if its strategy has no such group.
 
         There are as many groups as the other degree says; each has an equal part of the buffer.
+        Bytes are rounded down, as in ASTRA-sim's own workloads.
         """
         strategy = STRATEGIES[layer.strategy]
         dp, mp = strategy.degrees(settings.network)
@@ -680,7 +700,7 @@ class CollectiveRule(NamedTuple):
             dimensions, members, parts = strategy.split_n, mp, dp
         if not dimensions:
             return None
-        if self.kind in ("ALLGATHER", "ALLTOALL"):  # ASTRA-sim counts an NPU's share of these
+        if self.kind in ("ALLGATHER", "ALLTOALL"):
             parts *= members
         elements = {
             "outputs": layer.m * layer.n,
@@ -692,9 +712,17 @@ class CollectiveRule(NamedTuple):
 
 
 class PassRule(NamedTuple):
-    """How a pass follows from a layer, for all layers of a type."""
+    """How a pass follows from a layer, for all layers of a type.
 
-    sizes: tuple[str, str, str]  # of its GEMM: m is the layer's, m' one NPU's share of it
+    The sizes of its GEMM are M, N and K, by these names:
+        m, n, k  the layer's own
+        m'       m/dp, one NPU's rows
+        n', k'   n/mp and k/mp, one NPU's columns or reduction
+        n/g      the columns of one of the groups of a convolution
+        r        m/(dp experts), the rows of one expert
+    """
+
+    sizes: tuple[str, str, str]
     before: tuple[CollectiveRule, ...] = ()
     after: tuple[CollectiveRule, ...] = ()
     accesses: int | None = None  # how often lookups access an element; None: it is a GEMM
@@ -717,21 +745,17 @@ class ShareRule(NamedTuple):
 class LayerType(NamedTuple):
     """What holds for all layers of a type.
 
-    Its inputs and outputs, and their gradients, are on each NPU whole, or by a share of columns.
+    Each of the NPUs that split n has all columns of a matrix, "whole", or its share of "columns".
     """
 
     passes: dict[str, PassRule]  # by names in PASSES
     shares: tuple[ShareRule, ...] = ()
     counts: str = ""  # what the table's Count counts: products or experts
-    inputs: str = "whole"  # or "columns"
-    outputs: str = "whole"
-    output_gradient: str = "whole"
-    input_gradient: str = "whole"
+    inputs: str = "whole"  # that it needs
+    outputs: str = "whole"  # that it leaves, once they are communicated
+    output_gradient: str = "whole"  # that it needs
+    input_gradient: str = "whole"  # that it leaves, once it is communicated
 
-
-# In the sizes of a GEMM m, n and k are the layer's, m' = m/dp, n' = n/mp and k' = k/mp one NPU's;
-# n/g are the columns of one of the groups of a convolution, and r = m/(dp experts) the rows of an
-# expert.
 
 GATHER_OUTPUTS = CollectiveRule("ALLGATHER", "outputs", "mp")
 EXCHANGE_OUTPUTS = CollectiveRule("ALLTOALL", "outputs", "mp")
@@ -804,8 +828,8 @@ LAYER_TYPES = {
         shares=(ShareRule("experts", "mp"),),
         counts="experts",
     ),
-    # Tables of embeddings, cut by columns; k lookups for each sample and column. Backward only the
-    # gradient is exchanged first; then the update reads and writes what was looked up.
+    # Tables of embeddings, cut by columns; k lookups for each sample and column. Backward nothing
+    # is computed but the update, which reads and writes what was looked up.
     "EMBEDDING": LayerType(
         passes={
             "forward": PassRule(("m", "n'", "k"), after=(EXCHANGE_OUTPUTS,), accesses=1),
@@ -827,7 +851,7 @@ GEMM_BY_GROUPS = LayerType(  # a convolution; a group's input gradient is all on
 )
 
 
-def type_of(layer: Layer, mp: int) -> LayerType:
+def rules_of(layer: Layer, mp: int) -> LayerType:
     """Return the rules of a layer, which may be those of a variant of its type."""
     if layer.heads:
         return BATCHED_BY_HEADS
@@ -872,7 +896,7 @@ def has_word(name: str, words: str) -> bool:
 
 
 class TableLine(NamedTuple):
-    """A line below the header; whatever can't be understood in it is a UserError."""
+    """A line below the header; a cell that can't be read is a UserError."""
 
     where: str  # "file:line"
     cells: dict[str, str]  # by the name of the column
@@ -1086,7 +1110,7 @@ class Header(NamedTuple):
                 warn(f"{where}: {quoted(cells[0])} is skipped: it looks like a title")
                 continue
             if len(cells) < number:
-                what = f"{len(cells)} columns, expected {number} as in the header"
+                what = f"{plural(len(cells), 'column')}, expected {number} as in the header"
                 raise UserError(f"{where}: {what}")
             for index, cell in enumerate(cells):
                 is_named = index < number and self.names[index]
@@ -1100,7 +1124,7 @@ class Header(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The table of GEMMs or of convolutions; whatever can't be understood in it is a UserError."""
+    """The table of GEMMs or of convolutions; a line that can't be read is a UserError."""
 
     path: Path
     parallel: str
@@ -1149,11 +1173,15 @@ class Table(NamedTuple):
 
     def check_experts(self, layers: list[Layer]) -> None:
         """Refuse the first half of experts without the second."""
-        types_below = [layer.type for layer in layers[1:]] + [""]
-        for layer, type_below in zip(layers, types_below):
-            if layer.type == "EXPERT_UP" and type_below != "EXPERT_DOWN":
+        for layer, below in zip(layers, [*layers[1:], None]):
+            if layer.type != "EXPERT_UP":
+                continue
+            if below is None or below.type != "EXPERT_DOWN":
                 what = f"{layer.name} is an EXPERT_UP"
                 raise UserError(f"{layer.where}: {what}, expected an EXPERT_DOWN below it")
+            if below.experts != layer.experts:
+                what = f"Count is {below.experts} experts"
+                raise UserError(f"{below.where}: {what}, expected {layer.experts} as above")
 
     def check_embedding(self, layers: list[Layer]) -> None:
         """Refuse a table for HYBRID_DLRM without one embedding between two MLPs."""
@@ -1194,9 +1222,10 @@ class Pass:
 
     @property
     def lines(self) -> list[tuple[str, Collective]]:
-        """What tables have of it, in the order of time: names of lines, and their collectives.
+        """Its lines in the printed table and layers.csv, in the order of time.
 
-        The line of the pass itself has the first collective after it.
+        Each has a name and a collective. The line of the pass itself, which has its name, has the
+        first collective after it.
         """
         lines = []
         for collective in self.before:
@@ -1240,27 +1269,26 @@ class Sharding(NamedTuple):
     ZeRO (Rajbhandari et al. 2020), as PyTorch has it (Zhao et al. 2023).
     """
 
-    gathers_again: bool  # backward, since weights are freed after forward
-    is_within_packages: bool  # which are replicas of each other
+    gathers_again: bool  # backward too, as weights are freed after forward
+    is_within_packages: bool  # each of which has a copy of the weights
 
     def apply(self, passes: dict[str, Pass], first_backward: str) -> None:
-        """Shard the weights of a layer, if it has any and several NPUs have the same.
+        """Shard the weights of a layer, if it has any of which several NPUs have copies.
 
         Shares are rounded up, as PyTorch pads them.
         """
         weight_gradient = passes["weight gradient"]
         if not weight_gradient.after or weight_gradient.after[0].is_alone:
             return
-        (whole,) = weight_gradient.after
-        replicas = []
+        whole = weight_gradient.after[0]
         scatter = whole._replace(kind="REDUCESCATTER")
         if self.is_within_packages:
             scatter = scatter._replace(between=1)
         share = divide_up(whole.bytes, scatter.members)
+        weight_gradient.after = [scatter]
         if self.is_within_packages:
-            replicas = [whole._replace(bytes=share, within=1)]
+            weight_gradient.after.append(whole._replace(bytes=share, within=1))
         gather = scatter._replace(kind="ALLGATHER", bytes=share, is_prefetched=True)
-        weight_gradient.after = [scatter, *replicas]
         passes["forward"].before.insert(0, gather)
         if self.gathers_again:
             passes[first_backward].before.insert(0, gather)
@@ -1286,7 +1314,7 @@ class LayerPlan(NamedTuple):
     def of(cls, layer: Layer, settings: Settings) -> LayerPlan:
         """Return the plan of a layer: its shares, then its passes by the rules of its type."""
         dp, mp = STRATEGIES[layer.strategy].degrees(settings.network)
-        layer_type = type_of(layer, mp)
+        layer_type = rules_of(layer, mp)
         sizes = layer.sizes
         shares = []
         degrees = {"dp": dp, "mp": mp, "all": dp * mp}
@@ -1316,13 +1344,13 @@ class LayerPlan(NamedTuple):
             if name == "forward" or name in settings.backward_passes:
                 before, after = collectives(rule.before), collectives(rule.after)
                 passes[name] = Pass(layer, name, count, rule.work(sizes), before, after)
-        if settings.is_sharded:
+        if settings.uses_fsdp:
             SHARDINGS[settings.sharding_strategy].apply(passes, settings.backward_passes[0])
         return cls(layer, dp, mp, shares, passes)
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether its weights are gathered before they are used."""
+    def gathers_weights(self) -> bool:
+        """Whether its weights are sharded, and gathered before they are used."""
         return any(collective.is_prefetched for collective in self.passes["forward"].before)
 
     @property
@@ -1330,8 +1358,8 @@ class LayerPlan(NamedTuple):
         """What is not divisible, so that NPUs have different shares."""
         return [share for share in self.shares if share.total % share.parts]
 
-    def reads_input_of(self, before: LayerPlan) -> bool:
-        """Tell whether this layer and the one before it are siblings, such as q, k and v."""
+    def seems_sibling_of(self, before: LayerPlan) -> bool:
+        """Tell whether this layer and the one before it may read the same input, as q, k and v."""
         first, second = before.layer, self.layer
         types = first.type, second.type
         same = first.strategy == second.strategy and (first.m, first.k) == (second.m, second.k)
@@ -1358,7 +1386,7 @@ class LayerPlan(NamedTuple):
             return f"{pair} lacks a resharding to tokens split over all NPUs, as by DATA"
         if first.strategy != second.strategy:
             return f"{pair} of another strategy lacks a resharding"
-        if self.mp == 1 or types[0] == "EXPERT_UP" or after.reads_input_of(self):
+        if self.mp == 1 or types[0] == "EXPERT_UP" or after.seems_sibling_of(self):
             return ""
         first_type, second_type = LAYER_TYPES[first.type], LAYER_TYPES[second.type]
         if (first_type.outputs, second_type.inputs) == ("columns", "whole"):
@@ -1369,8 +1397,8 @@ class LayerPlan(NamedTuple):
             return f"{pair} lacks a collective of the gradient"
         return ""
 
-    def resharding_before(self, after: LayerPlan, settings: Settings) -> list[Collective]:
-        """Return the collectives between two GEMMs of different strategies, which no file has.
+    def resharding_before(self, after: LayerPlan, settings: Settings) -> dict[str, Collective]:
+        """Return what is missing between two GEMMs of different strategies, forward and backward.
 
         The NPUs that split m of a layer have different rows of its outputs, and the others copies.
         So where the next layer splits m over fewer NPUs, rows have to be gathered. Backward an
@@ -1379,17 +1407,18 @@ class LayerPlan(NamedTuple):
         """
         first, second = self.layer, after.layer
         if (first.type, second.type) != ("GEMM", "GEMM"):
-            return []
+            return {}
         rows = {*STRATEGIES[first.strategy].split_m}
         next_rows = {*STRATEGIES[second.strategy].split_m}
         network = settings.network
         size = second.input_elements * settings.datatype_size
         parts = math.prod(network[dimension] for dimension in rows | next_rows)
-        possible = [Collective.over("ALLGATHER", size // parts, rows - next_rows, network)]
+        gather = Collective.over("ALLGATHER", size // parts, rows - next_rows, network)
+        missing = {"forward": gather}
         if not settings.inference:
             share = size // settings.num_npus
-            possible.append(Collective.over("ALLTOALL", share, next_rows - rows, network))
-        return [collective for collective in possible if not collective.is_alone]
+            missing["backward"] = Collective.over("ALLTOALL", share, next_rows - rows, network)
+        return {name: each for name, each in missing.items() if not each.is_alone}
 
 
 class Plan:
@@ -1431,7 +1460,7 @@ class Plan:
     def gemms_to_time(self) -> dict[Gemm, Pass]:
         """Those of passes whose cycles were not measured elsewhere."""
         to_time = {layer_pass.work for layer_pass in self.passes if not layer_pass.is_measured}
-        return {gemm: first for gemm, first in self.gemms.items() if gemm in to_time}
+        return {gemm: layer_pass for gemm, layer_pass in self.gemms.items() if gemm in to_time}
 
     @property
     def embedding_position(self) -> int:
@@ -1441,7 +1470,7 @@ class Plan:
 
     def check(self) -> None:
         """Warn of whatever may surprise; UserError for a collective that ASTRA-sim can't run."""
-        if self.settings.is_sharded and not any(plan.is_sharded for plan in self.layers):
+        if self.settings.uses_fsdp and not any(plan.gathers_weights for plan in self.layers):
             sharding = f"--sharding_strategy={self.settings.sharding_strategy}"
             expected = "expected --parallel=DATA or a hybrid"
             raise UserError(f"{sharding}: no data parallelism to shard over, {expected}")
@@ -1451,7 +1480,7 @@ class Plan:
         self.warn_of_neighbours()
 
     def warn_of_convolutions(self) -> None:
-        """Warn of images that are split, and of groups that are."""
+        """Warn of images, and of groups, that are split over NPUs."""
         for layer_plan in self.layers:
             layer, dp = layer_plan.layer, layer_plan.dp
             if layer.images is not None and layer.images < dp:
@@ -1478,14 +1507,15 @@ class Plan:
             if problem:
                 unfitting.append(f"{second.where}: {problem}")
             lacking = []
-            for collective in before.resharding_before(after, self.settings):
-                lacking.append(f"an {collective.kind} of {collective.bytes:,} bytes")
+            for direction, collective in before.resharding_before(after, self.settings).items():
+                lacking.append(f"{direction} an {collective.kind} of {collective.bytes:,} bytes")
             if lacking:
                 pair = f"{first.name} ({first.strategy}) before {second.name} ({second.strategy})"
-                resharded.append(f"{second.where}: {pair} lacks {' and backward '.join(lacking)}")
+                resharded.append(f"{second.where}: {pair} lacks {' and '.join(lacking)}")
             is_trained = "input gradient" in after.passes
-            if is_trained and after.mp > 1 and after.reads_input_of(before):
-                siblings.append(f"{second.where}: {second.name} reads the input of {first.name}")
+            if is_trained and after.mp > 1 and after.seems_sibling_of(before):
+                pair = f"{second.name} seems to read the input of {first.name}"
+                siblings.append(f"{second.where}: {pair}")
         warn_of_first(unfitting, ": no communication was added")
         warn_of_first(resharded, ": no communication was added")
         advice = "give such layers as one if the model fuses them"
@@ -1512,8 +1542,8 @@ class Plan:
         warn_of_first(large, ", too large for ASTRA-sim 1.0; ASTRA-sim 2.x runs it")
         alone = [collective for _, collective in self.collectives if collective.is_alone]
         if 0 < len(alone) < len(self.collectives):
-            what = f"{len(alone)} collectives have one member"
-            warn(f"{what}: ASTRA-sim 1.0 skips them, Chakra's Text converter does not")
+            what = f"{plural(len(alone), 'collective')} of one member"
+            warn(f"{what}: ASTRA-sim 1.0 skips such, Chakra's Text converter does not")
 
     def warn_of_shares(self) -> None:
         """Warn of sizes that are not divisible: one warning each, up to eight."""
@@ -1822,7 +1852,7 @@ class Config:
 
 
 class MeasuredCycles:
-    """The table of --gemm_cycles: GEMMs, and the cycles of so many of each."""
+    """The table of --gemm_cycles: cycles of GEMMs, each of `count` of them."""
 
     NEEDED = ("M", "N", "K", "cycles")
 
@@ -1833,14 +1863,19 @@ class MeasuredCycles:
         spellings = {name.lower(): name for name in (*self.NEEDED, "count", "type")}
         names = [spellings.get(cell.lower(), cell) for cell in header]
         for name in self.NEEDED:
-            if names.count(name) != 1:
-                what = f"{plural(names.count(name), 'column')} {name}"
-                raise UserError(f"{where}: {what}, expected {','.join(self.NEEDED)}")
+            if name not in names:
+                raise UserError(f"{where}: no column {name}, expected {','.join(self.NEEDED)}")
+        for name in spellings.values():
+            if names.count(name) > 1:
+                raise UserError(f"{where}: two columns {name}, expected one")
         for where, cells in rows:
+            if any(cells[len(names) :]):
+                what = f"{len(cells)} columns, expected {len(names)} as in the header"
+                raise UserError(f"{where}: {what}")
             self.read_line(TableLine(where, dict(zip(names, cells))))
 
     def read_line(self, line: TableLine) -> None:
-        """Read a GEMM; skip what layers.csv has beside those."""
+        """Read a GEMM; skip the lines of layers.csv that are of no GEMM."""
         count = 1
         if line.text("count"):
             count = line.size("count", least=0)
@@ -1856,9 +1891,8 @@ class MeasuredCycles:
             what = f"{cycles} cycles for {count} × {gemm}, and {known} above"
             raise UserError(f"{line.where}: {what}, expected one value")
 
-    def set_cycles(self, plan: Plan) -> str:
-        """Give passes of a plan the cycles that the table has of them; return how many it has."""
-        found = set()
+    def apply_to(self, plan: Plan) -> str:
+        """Give passes of a plan the cycles that the table has of them; return how many it had."""
         for layer_pass in plan.passes:
             work, count = layer_pass.work, layer_pass.count
             if not isinstance(work, Gemm):
@@ -1870,11 +1904,11 @@ class MeasuredCycles:
             else:
                 continue
             layer_pass.is_measured = True
-            found.add(work)
-        if not found:
+        found = len(plan.gemms) - len(plan.gemms_to_time)
+        if not any(layer_pass.is_measured for layer_pass in plan.passes):
             warn(f"{self.path} has none of the GEMMs of this run")
         gemms = plural(len(plan.gemms), "distinct GEMM")
-        return f"cycles of {len(found)} of {gemms} are from {self.path}"
+        return f"cycles of {found} of {gemms} are from {self.path}"
 
 
 # --- Cycle models: from a plan's distinct GEMMs to their cycles
@@ -2093,7 +2127,7 @@ class ScaleSim:
         """Return a GEMM with estimates of its simulation.
 
         Fitted to runs of v2 and v3 on arrays from 4 x 4 to 256 x 256. In 61 runs the memory was
-        0.76 to 1 of its estimate, in 146 runs the time was 0.8 to 1.5 of its.
+        0.76 to 1 of its estimate, in 146 runs the time was 0.8 to 1.5 of its estimate.
         """
         rows, columns = self.accelerator.rows, self.accelerator.columns
         cycles = self.accelerator.stall_free_cycles(gemm)
@@ -2105,7 +2139,7 @@ class ScaleSim:
         return Task(gemm, first_use, cycles, memory, seconds)
 
     def folder_here(self) -> Path:
-        """Return the folder to import it from on this machine; UserError if it is another one.
+        """Return the folder to import it from on this machine; UserError if its code is another.
 
         This machine may be a Dask worker's, and the code may have changed since the run began.
         """
@@ -2182,7 +2216,6 @@ class ScaleSim:
             if line.strip():
                 lines.append(line.strip()[:200])
         last_lines = " | ".join(lines[-3:])
-        printable = "".join(character for character in last_lines if character.isprintable())
         status = simulation.status
         if status < 0:
             problem = f"killed, {signal.strsignal(-status)}"
@@ -2195,8 +2228,8 @@ class ScaleSim:
             problem += " (out of memory? fewer --jobs may help, or --cycle_model=analytical)"
         what = f"SCALE-Sim failed on GEMM {task.gemm} ({task.first_use}): {problem}"
         said = "no output"
-        if printable:
-            said = f"its last output: {printable}"
+        if last_lines:
+            said = f"its last output: {last_lines}"
         return UserError(f"{what}; {said}; log: {folder / self.LOG}")
 
 
@@ -2311,7 +2344,7 @@ class Pool(ABC):
     def __init__(self, scalesim: ScaleSim, slots: int, memory: float, title: str) -> None:
         self.scalesim = scalesim
         self.slots = slots
-        self.memory = memory  # bytes that simulations may fill; infinite where others see to it
+        self.memory = memory  # bytes that simulations may fill; infinite where Dask limits it
         self.title = title
 
     @abstractmethod
@@ -2408,11 +2441,16 @@ class LocalPool(Pool):
         lock = threading.Lock()
         is_over = False
 
+        def kill(process: subprocess.Popen[bytes]) -> None:
+            with suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+
         def on_start(process: subprocess.Popen[bytes]) -> None:
             with lock:
                 processes.append(process)
                 if is_over:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill(process)
 
         def simulate(task: Task) -> Simulation:
             return self.scalesim.simulate(task.gemm, their_end, on_start)
@@ -2423,8 +2461,7 @@ class LocalPool(Pool):
             with lock:
                 is_over = True
                 for process in processes:
-                    if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                    kill(process)
             os.close(our_end)
             threads.shutdown(cancel_futures=True)
             os.close(their_end)
@@ -2543,6 +2580,7 @@ class Progress:
 
         tqdm.get_lock()  # type: ignore[no-untyped-call] # a Ctrl-C while it is made would be lost
         self.number = len(tasks)
+        self.total = sum(task.seconds for task in tasks)
         self.finished = 0
         self.started = self.last_line = time.monotonic()
         memory = gigabytes(max(task.memory for task in tasks))
@@ -2550,7 +2588,7 @@ class Progress:
         say("simulating", f"{what}, up to {memory} of memory each")
         self.bar = tqdm(
             desc=self.done(0),
-            total=sum(task.seconds for task in tasks),
+            total=self.total,
             bar_format=f"{{desc}} |{{bar}}| {{elapsed}} of {time_range}",
             disable=None,  # where stderr is no terminal
             dynamic_ncols=True,
@@ -2565,7 +2603,7 @@ class Progress:
         """Show what has finished since the last call, what runs, and the time."""
         for task in finished:
             self.finished += 1
-            self.bar.update(task.seconds)
+            self.bar.update(min(task.seconds, self.total - self.bar.n))  # sums differ by rounding
         self.bar.set_description_str(self.done(len(running)))
         now = time.monotonic()
         if self.bar.disable and now > self.last_line + 60:
@@ -2693,7 +2731,8 @@ def workload_text(plan: Plan, settings: Settings) -> str:
             compute_time, collective = 0, NO_COLLECTIVE
             if layer_pass := layer_plan.passes.get(name):
                 compute_time = clock.time(layer_pass.cycles)
-                # The text has one; of a pass with one before it and none after it, that one.
+                # The text has one for each pass. Only experts have one before a pass, and then none
+                # after it; FSDP, where there may be several, writes no text.
                 collective = [*layer_pass.after, *layer_pass.before, NO_COLLECTIVE][0]
             words += [compute_time, collective.kind, collective.bytes]
         words.append(settings.update_time)
@@ -2703,7 +2742,7 @@ def workload_text(plan: Plan, settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-Nodes = list[int]  # ids of nodes of a trace, after which another one starts
+Nodes = list[int]  # ids of nodes of a trace that a later one waits for
 
 
 class Chakra:
@@ -2819,20 +2858,20 @@ class Trace:
         computed. PyTorch holds the weights of two layers, one in use and one prefetched.
         """
         computed: Nodes = []
-        sharded: list[Nodes] = [[], []]  # the computing of each sharded layer, after two of nothing
+        ends: list[Nodes] = [[], []]  # of sharded layers' computing; the first two have none before
         weights_updated: Nodes = []
         for layer_plan, layer_updated in zip(layers, updated):
-            if layer_plan.is_sharded:
+            if layer_plan.gathers_weights:
                 weights_updated += layer_updated
         for layer_plan, layer_updated in zip(layers, updated):
             layer_pass = layer_plan.passes["forward"]
             before = waits_for + layer_updated
             gathered_after = [*weights_updated]
             if self.frees_weights:
-                gathered_after += sharded[-2]
+                gathered_after += ends[-2]
             computed, waits_for = self.add_pass(layer_pass, before, gathered_after)
-            if layer_plan.is_sharded:
-                sharded.append(computed)
+            if layer_plan.gathers_weights:
+                ends.append(computed)
         return computed, waits_for
 
     def backward(
@@ -2851,9 +2890,9 @@ class Trace:
         those of the last two layers once its computing has ended.
         """
         updated: list[Nodes] = []
-        sharded = [[*forward_computed], [*forward_computed]]
+        ends = [[*forward_computed], [*forward_computed]]
         for layer_plan in reversed(layers):
-            ended = {"input gradient": waits_for}
+            ended = {"input gradient": waits_for}  # with its collective, unlike what is computed
             computed = waits_for
             for name in self.settings.backward_passes:
                 layer_pass = layer_plan.passes[name]
@@ -2861,9 +2900,9 @@ class Trace:
                     if self.settings.parallel == "DATA":
                         continue
                     layer_pass = layer_pass.without_end()
-                computed, ended[name] = self.add_pass(layer_pass, computed, sharded[-2])
-            if layer_plan.is_sharded:
-                sharded.append(computed)
+                computed, ended[name] = self.add_pass(layer_pass, computed, ends[-2])
+            if layer_plan.gathers_weights:
+                ends.append(computed)
             updated.insert(0, ended["weight gradient"])
             waits_for = ended["input gradient"] + computed
         return waits_for, updated
@@ -3338,13 +3377,14 @@ def run(settings: Settings) -> None:
     accelerator.warn_of_lookups(plan)
     measured = []
     if settings.gemm_cycles:
-        measured.append(MeasuredCycles(settings.gemm_cycles).set_cycles(plan))
+        measured.append(MeasuredCycles(settings.gemm_cycles).apply_to(plan))
     model = MODELS[settings.cycle_model](settings, accelerator)
     report = Report(settings, plan, accelerator, model)
     output = Output(settings, report)
     chakra = Chakra() if settings.chakra_et else None
 
     if settings.dry_run:
+        output.claimed_targets()
         timing = model.forecast(plan)
     else:
         output.prepare()

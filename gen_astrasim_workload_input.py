@@ -185,6 +185,11 @@ def csv_rows(path: Path) -> list[tuple[str, list[str]]]:
                 rows.append((f"{path}:{reader.line_num}", cells))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}, expected a CSV table") from None
+    if rows:
+        where, header = rows[0]
+        if len(header) == 1 and re.search(r"[;\t ]", header[0]):
+            what = f"one column {quoted(header[0])}"
+            raise UserError(f"{where}: {what}, expected a header with commas between columns")
     return rows
 
 
@@ -482,11 +487,11 @@ class Settings(NamedTuple):
             raise UserError(f"{sharding} is for training, expected no --inference")
         if self.parallel == DLRM:
             raise UserError(f"{sharding} with {DLRM}, expected another --parallel")
-        if not self.chakra_et:
-            raise UserError(f"{sharding} is for traces only, expected --chakra_et")
-        if flags.FLAGS["output_file"].present:
-            what = "the text format has no place for its collectives"
-            raise UserError(f"{sharding}: {what}, expected no --output_file")
+        if not self.chakra_et or flags.FLAGS["output_file"].present:
+            expected = "expected --chakra_et and --clock_mhz, and no --output_file"
+            raise UserError(f"{sharding} is for traces only, {expected}")
+        if flags.FLAGS["update_time"].present:
+            warn(f"--update_time has no effect with {sharding}")
         npus_in_package, packages = self.network
         has_both = npus_in_package > 1 and packages > 1
         if self.sharding_strategy == "HYBRID_SHARD" and not (self.parallel == "DATA" and has_both):
@@ -990,9 +995,11 @@ class TableLine(NamedTuple):
         groups = 1
         if self.text("Groups"):
             groups = self.size("Groups")
-        elif has_word(name, "dw|dp|depth[_-]?wise"):  # DP is SCALE-Sim's own mark
-            advice = "give Groups: 1, or as many as Channels, and as Num Filter those of all groups"
-            raise UserError(f"{self.where}: {name} sounds depth-wise; {advice}")
+        elif has_word(name, "dw|dwconv|dp|depth[_-]?wise"):  # DP is SCALE-Sim's own mark
+            expected = (
+                "expected Groups: as many as Channels (Num Filter then has those of all), or 1"
+            )
+            raise UserError(f"{self.where}: {name} sounds depth-wise, {expected}")
         for column in ("Channels", "Num Filter"):
             size = self.size(column)
             if size % groups:
@@ -1040,9 +1047,6 @@ class Header(NamedTuple):
     @classmethod
     def read(cls, where: str, cells: list[str]) -> Header:
         """Return the columns that a header's cells name, in any letter case and spacing."""
-        if len(cells) == 1 and re.search(r"[;\t ]", cells[0]):
-            what = f"one column {quoted(cells[0])}"
-            raise UserError(f"{where}: {what}, expected a header with commas between columns")
         if any(whole_number(cell) is not None for cell in cells):
             what = f"no header but {quoted(','.join(cells))}"
             raise UserError(f"{where}: {what}, expected one such as {','.join(Columns.GEMM)}")
@@ -1100,6 +1104,8 @@ class Header(NamedTuple):
         if derived:
             what = "ignored columns, which follow from the others"
             warn(f"{where}: {what}: {', '.join(derived)}")
+        if Columns.STRATEGY in columns and parallel != CUSTOMIZED:
+            warn(f"{where}: column {Columns.STRATEGY} is only read with --parallel={CUSTOMIZED}")
 
     def lines(self, rows: list[tuple[str, list[str]]]) -> list[TableLine]:
         """Return the rows that are layers, each with a cell for each column."""
@@ -1117,6 +1123,8 @@ class Header(NamedTuple):
                 if cell and not is_named and not cell.startswith("#"):
                     what = f"{quoted(cell)} in column {index + 1}"
                     expected = f"expected {number} columns as in the header"
+                    if index < number:
+                        expected = "expected a name for this column in the header"
                     raise UserError(f"{where}: {what}, {expected}")
             named_cells = {name: cell for name, cell in zip(self.names, cells) if name}
             lines.append(TableLine(where, named_cells))
@@ -1698,7 +1706,8 @@ class Accelerator(NamedTuple):
         for layer_plan in plan.layers:
             if layer_plan.layer.type == "EMBEDDING" and not self.has_chosen_bandwidth:
                 what = f"lookups are timed at {self.bandwidth} elements a cycle, the built-in"
-                warn(f"{layer_plan.layer.name}: {what} Bandwidth; --scalesim_config gives another")
+                advice = "far below HBM; give Bandwidth in a --scalesim_config"
+                warn(f"{layer_plan.layer.name}: {what} Bandwidth, {advice}")
 
 
 class Config:
@@ -3152,10 +3161,10 @@ class Report:
 
     def files_of_gemms(self) -> dict[str, str]:
         """Return the files of the run folder that say which GEMMs were timed on what, by name."""
-        files = {
-            "scalesim.cfg": self.accelerator.given_config,
-            "cycle_model.txt": f"{self.settings.cycle_model}\n",
-        }
+        cycle_model = f"{self.settings.cycle_model}\n"
+        if self.settings.gemm_cycles:
+            cycle_model += f"gemm_cycles {self.settings.gemm_cycles}\n"
+        files = {"scalesim.cfg": self.accelerator.given_config, "cycle_model.txt": cycle_model}
         for name, file_end in PASSES.items():
             passes = [layer_pass for layer_pass in self.plan.passes if layer_pass.name == name]
             gemms = []
@@ -3209,8 +3218,8 @@ class Output:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                what = "one of its folders is a file"
-                raise UserError(f"{target}: {what}, expected another path") from None
+                above = [parent for parent in target.parents if parent.exists()]
+                raise UserError(f"{above[0]} is a file, expected a folder") from None
         for target in targets:
             if target.is_dir():  # or has just become one, as the folder of another output
                 raise UserError(f"{target} is a folder, expected a file to write")
@@ -3284,7 +3293,8 @@ class Output:
         if header and header.rstrip("\n") != ",".join(Report.SUMMARY):
             expected = "expected the columns of a summary"
             advice = "give another file, or rename this one"
-            raise UserError(f"{path}:1: header {quoted(header)}, {expected}; {advice}")
+            what = f"header {quoted(header.rstrip())}"
+            raise UserError(f"{path}:1: {what}, {expected}; {advice}")
 
     def write(self, text: str, trace: bytes) -> None:
         """Write the results, the workload file last."""

@@ -17,6 +17,7 @@ from clusters import cluster
 from helpers import (
     FAST,
     GOOD_REPORT,
+    MNK_INPUTS,
     PLAIN,
     ROOT,
     SCRIPT,
@@ -25,10 +26,13 @@ from helpers import (
     fake_v2,
     layer_of,
     plan_of,
+    plan_of_table,
     read_like_astrasim,
     read_like_chakra,
     settings,
+    write_config,
 )
+from runs import run_inside
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -165,3 +169,59 @@ def test_the_output_that_the_readme_shows() -> None:
     cycles = [int(number.replace(",", "")) for number in re.findall(r"x\d+ +([\d,]+)  ", shown)]
     assert cycles == [time for i in (0, 1) for time, _, _ in layers[i].passes]
     assert f"{sum(time for layer in layers for time, _, _ in layer.passes):,}  cycles" in shown
+
+
+def test_the_program_that_writes_a_transformer(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "my_transformer.csv" in block]
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
+    written = (tmp_path / "my_transformer.csv").read_bytes()
+    assert written == (MNK_INPUTS / "llama3_70b.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "sentence"),
+    [
+        (None, "A forward pass takes 427,741,824 cycles, and has 192 ALLREDUCEs of 294,912 bytes."),
+        (64, "a forward pass takes 510,575,616 cycles, of which the memory bounds 66.8 %."),
+        (1063, "At 1063, 2 TB/s, it takes the analytical 427,741,824:"),
+    ],
+    ids=["analytical", "a slow memory", "a fast memory"],
+)
+def test_decoding_as_the_readme_has_it(
+    bandwidth: int | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in " ".join(README.split())
+    config = None
+    if bandwidth:
+        config = write_config(tmp_path / "c.cfg", 256, 256, "ws")
+        config.write_text(f"{config.read_text()}Bandwidth: {bandwidth}\n")
+    run_inside(
+        tmp_path,
+        mnk=MNK_INPUTS / "gpt3_175b_decode.csv",
+        inference=True,
+        parallel="HYBRID_DATA_MODEL",
+        num_npus=1024,
+        num_packages=128,
+        scalesim_config=config,
+        cycle_model="roofline" if bandwidth else "analytical",
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    (cycles,) = re.findall(r"takes (?:the analytical )?([\d,]{9,})", sentence)
+    assert f"compute, forward {cycles} cycles" in printed
+    for part in re.findall(r"bounds ([\d.]+) %", sentence):
+        assert f", {part}% of the compute time" in printed
+    for number, size in re.findall(r"has (\d+) ALLREDUCEs of ([\d,]+) bytes", sentence):
+        size_of_all = int(number) * int(size.replace(",", ""))
+        assert f"{number} × ALLREDUCE {size_of_all:,} bytes" in printed
+
+
+def test_mixtral_as_the_readme_has_it(tmp_path: Path) -> None:
+    text = " ".join(README.split())
+    found = re.search(r"(\d+) ALLTOALLs send ([\d,]+) bytes each:", text)
+    assert found
+    mnk = MNK_INPUTS / "mixtral_8x7b.csv"
+    system = {"num_npus": 64, "num_packages": 8, "parallel": "HYBRID_CUSTOMIZED"}
+    plan = plan_of_table(settings(tmp_path, mnk=mnk, **system))
+    sizes = [each.bytes for _, each in plan.collectives if each.kind == "ALLTOALL"]
+    assert sizes == int(found[1]) * [int(found[2].replace(",", ""))]

@@ -261,6 +261,23 @@ def test_what_a_depth_wise_table_comes_to_with_groups(tmp_path: Path) -> None:
     assert row["compute_all"] == "8431306"
 
 
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_groups_that_are_as_many_as_the_npus_that_split_them_are_whole(
+    groups: int, tmp_path: Path, capsys: Capture
+) -> None:
+    """Their input gradient is all on one NPU; that of fewer groups is scattered."""
+    row = f"x,9,9,2,2,8,16,1,{groups}"
+    mnk = write_table(tmp_path / "t.csv", row, header=f"{CONVOLUTION},Groups")
+    system = {"parallel": "MODEL", "num_npus": 4, "num_packages": 1}
+    said = warnings_of(capsys, tmp_path, mnk=mnk, **system)
+    what = f"{groups} groups are fewer than the 4 NPUs that split the filters"
+    warning = f"warning: x: {what}: cycles are approximate, collectives an upper bound"
+    assert said == ([warning] if groups < 4 else [])
+    (plan,) = plan_of_table(settings(tmp_path, mnk=mnk, **system)).layers
+    assert bool(plan.passes["input gradient"].after) == (groups < 4)
+    assert plan.passes["forward"].count == (2 if groups == 8 else 1)
+
+
 # --- Attention in a table without types
 
 ATTENTION = ["score", "attn_scores", "QK", "qkt_0", "l1.qktv", "context2", "layer 3 Context"]

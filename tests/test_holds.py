@@ -194,7 +194,7 @@ def test_a_server_that_accepts_and_never_answers(tmp_path: Path, base: list[str]
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import gen_astrasim_workload_input as tool\n"
         "assert tool.DaskPool.ANSWER_SECONDS == 60\n"
-        "tool.DaskPool.ANSWER_SECONDS = 2\n"
+        "tool.DaskPool.ANSWER_SECONDS = 1\n"
         "tool.command_line()"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -204,7 +204,7 @@ def test_a_server_that_accepts_and_never_answers(tmp_path: Path, base: list[str]
         result = ended(start_command(tmp_path, command))
         assert time.monotonic() - began < 15
     assert is_one_error_line(result), result
-    assert result.err == f"error: {flag} can't be reached: no answer in 2 s\n"
+    assert result.err == f"error: {flag} can't be reached: no answer in 1 s\n"
 
 
 def test_a_scheduler_that_is_stopped_is_an_error(tmp_path: Path, base: list[str]) -> None:
@@ -235,20 +235,6 @@ def test_a_scheduler_that_is_killed_before_there_are_workers_is_an_error(
     assert error.startswith(f"error: {flag} ")
 
 
-def test_when_all_workers_are_gone_it_says_so_each_minute(
-    tmp_path: Path, base: list[str], one_worker: Cluster
-) -> None:
-    address, started = one_worker
-    running = start_command(tmp_path, after(HASTY, *base, f"--dask_scheduler={address}"))
-    wait_until_begun(running, 2, tmp_path / "cache", tmp_path / "fake")
-    started[-1].kill()
-    assert [said(running, "waiting") for _ in range(2)] == [no_workers(address)] * 2
-    started.append(start_worker(tmp_path, address))
-    result = ended(running)
-    assert result.status == 0, result
-    assert len(entries(tmp_path / "cache")) == 12
-
-
 def test_a_worker_of_another_python_is_refused_by_name(
     tmp_path: Path, base: list[str], one_worker: Cluster
 ) -> None:
@@ -262,6 +248,20 @@ def test_a_worker_of_another_python_is_refused_by_name(
     assert f" has Python {here}." in result.err
     assert result.err.endswith(", expected 3.99 as here\n")
     assert not entries(tmp_path / "cache")
+
+
+def test_when_all_workers_are_gone_it_says_so_each_minute(
+    tmp_path: Path, base: list[str], one_worker: Cluster
+) -> None:
+    address, started = one_worker
+    running = start_command(tmp_path, after(HASTY, *base, f"--dask_scheduler={address}"))
+    wait_until_begun(running, 2, tmp_path / "cache", tmp_path / "fake")
+    started[-1].kill()
+    assert [said(running, "waiting") for _ in range(2)] == [no_workers(address)] * 2
+    started.append(start_worker(tmp_path, address))
+    result = ended(running)
+    assert result.status == 0, result
+    assert len(entries(tmp_path / "cache")) == 12
 
 
 # --- SCALE-Sim processes that do not listen
@@ -626,12 +626,11 @@ def test_the_order_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("cut_off", [False, True], ids=["whole", "without its last newline"])
 def test_a_summary_is_appended_to(cut_off: bool, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", "a,64,64,64")
-    flags = [FAST, f"--mnk={table}", "--summary_csv=new/s.csv"]
-    assert run(tmp_path, *flags).status == 0
     summary = tmp_path / "new/s.csv"
+    generate(tmp_path, mnk=table, summary_csv=summary)
     if cut_off:
         summary.write_bytes(summary.read_bytes()[:-1])
     for number in (2, 3):
-        assert run(tmp_path, *flags, f"--datatype_size={number}").status == 0
+        generate(tmp_path, mnk=table, summary_csv=summary, datatype_size=number)
     rows = rows_of(summary, tool.Report.SUMMARY)
     assert [row["datatype_size"] for row in rows] == ["2", "2", "3"]

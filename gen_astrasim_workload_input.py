@@ -1104,8 +1104,6 @@ class Header(NamedTuple):
         if derived:
             what = "ignored columns, which follow from the others"
             warn(f"{where}: {what}: {', '.join(derived)}")
-        if Columns.STRATEGY in columns and parallel != CUSTOMIZED:
-            warn(f"{where}: column {Columns.STRATEGY} is only read with --parallel={CUSTOMIZED}")
 
     def lines(self, rows: list[tuple[str, list[str]]]) -> list[TableLine]:
         """Return the rows that are layers, each with a cell for each column."""
@@ -1152,6 +1150,10 @@ class Table(NamedTuple):
         lines = header.lines(rows[1:])
         if not lines:
             raise UserError(f"{header.where}: no layers, expected one in each line below")
+        has_strategies = any(line.text(Columns.STRATEGY) for line in lines)
+        if has_strategies and settings.parallel != CUSTOMIZED:
+            what = f"column {Columns.STRATEGY} is only read"
+            warn(f"{header.where}: {what} with --parallel={CUSTOMIZED}")
         return cls(path, settings.parallel, settings.minibatch, lines)
 
     def layers(self) -> list[Layer]:

@@ -318,8 +318,8 @@ def dense(name: str, strategy: str, layer_type: str = "") -> str:
         *[
             pytest.param(
                 [dense("a", strategy, layer_type), UP, DOWN],
-                f"3: a ({layer_type or 'GEMM'}) before u (EXPERT_UP) that splits more than tokens"
-                " lacks a resharding",
+                f"3: a ({layer_type or 'GEMM'}) before u (EXPERT_UP)"
+                " lacks a resharding to tokens split over all NPUs, as by DATA",
                 id=f"after {layer_type or 'GEMM'} of {strategy}",
             )
             for layer_type, strategy in (
@@ -331,8 +331,8 @@ def dense(name: str, strategy: str, layer_type: str = "") -> str:
         ],
         pytest.param(
             [UP, DOWN, dense("b", WITHIN, "COLUMN_PARALLEL")],
-            "4: v (EXPERT_DOWN) before b (COLUMN_PARALLEL) that splits more than tokens"
-            " lacks a resharding",
+            "4: v (EXPERT_DOWN) before b (COLUMN_PARALLEL)"
+            " lacks a resharding to tokens split over all NPUs, as by DATA",
             id="before columns",
         ),
         pytest.param(

@@ -685,18 +685,18 @@ TRACES = ("--chakra_et=x", "--clock_mhz=1")
     ("sharding", "flags", "error"),
     [
         pytest.param(
-            "SHARD_GRAD_OP", [], " is for traces only, expected --chakra_et", id="no traces"
+            "SHARD_GRAD_OP", [], " is for traces only, expected --chakra_et and --clock_mhz, and no --output_file", id="no traces"
         ),
         pytest.param(
             "FULL_SHARD",
             [*TRACES, "--output_file=w.txt"],
-            ": the text format has no place for its collectives, expected no --output_file",
+            " is for traces only, expected --chakra_et and --clock_mhz, and no --output_file",
             id="a text file",
         ),
         pytest.param(
             "FULL_SHARD",
             [*TRACES, "--output_file=workload.txt"],
-            ": the text format has no place for its collectives, expected no --output_file",
+            " is for traces only, expected --chakra_et and --clock_mhz, and no --output_file",
             id="the default text file, but given",
         ),
         pytest.param(

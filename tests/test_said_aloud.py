@@ -179,7 +179,7 @@ def test_resharding_names_the_first_pair_of_the_example(tmp_path: Path, capsys: 
     mnk = MNK_INPUTS / "example_customized.csv"
     _, said = warnings_of(capsys, **customized(tmp_path, mnk))
     pair = "MLP_Bottom_0 (DATA) before MLP_Bottom_1 (MODEL)"
-    lacks = "lacks an ALLGATHER of 65,536 bytes (and 3 more)"
+    lacks = "lacks forward an ALLGATHER of 65,536 bytes (and 3 more)"
     assert said == f"warning: {mnk}:3: {pair} {lacks}: no communication was added"
 
 
@@ -213,8 +213,8 @@ def test_a_depth_wise_name_needs_groups(name: str, more: tuple[str, str], tmp_pa
     lines = [row + more[1] for row in rows]
     mnk = write_table(tmp_path / "t.csv", *lines, header=CONVOLUTION + more[0])
     what = f"t.csv:3: {name.replace(' ', '_')} sounds depth-wise"
-    advice = "give Groups: 1, or as many as Channels, and as Num Filter those of all groups"
-    assert refusal(mnk) == f"{what}; {advice}"
+    expected = "expected Groups: as many as Channels (Num Filter then has those of all), or 1"
+    assert refusal(mnk) == f"{what}, {expected}"
 
 
 @pytest.mark.parametrize("name", DEPTH_WISE)
@@ -252,7 +252,7 @@ project,56,56,1,1,64,16,1,1
 
 def test_what_a_depth_wise_table_comes_to_with_groups(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(MOBILE)
-    assert refusal(tmp_path / "t.csv").startswith("t.csv:3: DEPTHWISE_1 sounds depth-wise; ")
+    assert refusal(tmp_path / "t.csv").startswith("t.csv:3: DEPTHWISE_1 sounds depth-wise, ")
     (tmp_path / "t.csv").write_text(MOBILE_RIGHT)
     summary = tmp_path / "s.csv"
     system = {"num_npus": 8, "num_packages": 1, "minibatch": 64}
@@ -346,7 +346,7 @@ def test_siblings(text: str, size: int, is_warned: bool, tmp_path: Path, capsys:
     said = warnings_of(capsys, tmp_path, mnk=mnk, parallel="MODEL", summary_csv=summary)
     (row,) = rows_of(summary, tool.Report.SUMMARY)
     assert row["allreduce_bytes"] == str(size)
-    what = "k reads the input of q (and 1 more), and reduces its gradient again"
+    what = "k seems to read the input of q (and 1 more), and reduces its gradient again"
     warning = f"warning: {mnk}:3: {what}: give such layers as one if the model fuses them"
     assert said == ([warning] if is_warned else [])
 
@@ -377,7 +377,7 @@ def test_columns_of_other_sizes_are_no_siblings(
     rows = ["q,2048,4096,4096,COLUMN_PARALLEL", f"{second},COLUMN_PARALLEL"]
     mnk = write_table(tmp_path / "t.csv", *rows, header="Layer,m,n,k,Type")
     said = warnings_of(capsys, tmp_path, mnk=mnk, parallel="MODEL")
-    assert not [line for line in said if "reads the input of" in line]
+    assert not [line for line in said if "seems to read the input of" in line]
 
 
 # --- Traces
@@ -677,12 +677,12 @@ def test_nothing_unprintable_is_printed_of_what_was_done(loud: Path) -> None:
         pytest.param([f"--scalesim_config={LOUD}.csv"], f"{QUIET}.csv: ", id="no config"),
         pytest.param(
             [f"--output_file={LOUD}.csv/x"],
-            f"{QUIET}.csv/x: one of its folders is a file, expected another path",
+            f"{QUIET}.csv is a file, expected a folder",
             id="below a file",
         ),
         pytest.param([f"--summary_csv={LOUD}.csv"], f"{QUIET}.csv is --mnk and", id="twice"),
         pytest.param(
-            [f"--gemm_cycles={LOUD}.csv"], f"{QUIET}.csv:1: 0 columns cycles", id="cycles"
+            [f"--gemm_cycles={LOUD}.csv"], f"{QUIET}.csv:1: no column cycles", id="cycles"
         ),
     ],
 )
@@ -702,9 +702,7 @@ def test_an_output_below_a_file(flag: str, tmp_path: Path) -> None:
     before = state(tmp_path)
     result = run(tmp_path, FAST, f"{flag}=f/d/x", "--time_unit=us", "--clock_mhz=1000")
     assert is_one_error_line(result), result
-    path = f"{tmp_path}/f/d/x" + (".0.et" if "chakra" in flag else "")
-    error = f"error: {path}: one of its folders is a file, expected another path\n"
-    assert result.err.endswith(error)
+    assert result.err.endswith(f"error: {tmp_path}/f is a file, expected a folder\n")
     assert state(tmp_path) == before
 
 

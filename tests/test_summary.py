@@ -349,7 +349,7 @@ def test_collectives_of_one_member_are_shown_and_not_counted(
     if npus == 1:
         assert err == "", "who has one NPU has no other over which a collective could run"
     else:
-        assert re.fullmatch(f"warning: {7 * len(alone)} collectives have one member: .*\n", err)
+        assert re.fullmatch(f"warning: {7 * len(alone)} collectives of one member: .*\n", err)
     said = sums_of_text(tmp_path / "workload.txt")
     counts = [said[f"{name.lower()}_count"] for name in EVERY]
     assert counts == ["7"] * 3, "the text file has them all the same"

@@ -685,7 +685,10 @@ TRACES = ("--chakra_et=x", "--clock_mhz=1")
     ("sharding", "flags", "error"),
     [
         pytest.param(
-            "SHARD_GRAD_OP", [], " is for traces only, expected --chakra_et and --clock_mhz, and no --output_file", id="no traces"
+            "SHARD_GRAD_OP",
+            [],
+            " is for traces only, expected --chakra_et and --clock_mhz, and no --output_file",
+            id="no traces",
         ),
         pytest.param(
             "FULL_SHARD",

@@ -207,15 +207,22 @@ def test_a_server_that_accepts_and_never_answers(tmp_path: Path, base: list[str]
     assert result.err == f"error: {flag} can't be reached: no answer in 1 s\n"
 
 
-def test_a_scheduler_that_is_stopped_is_an_error(tmp_path: Path, base: list[str]) -> None:
+def test_a_scheduler_that_is_stopped_is_waited_for_aloud_until_it_ends(
+    tmp_path: Path, base: list[str]
+) -> None:
     with cluster(0, tmp_path) as (address, (scheduler,)):
         flag = f"--dask_scheduler={address}"
         running = start_command(tmp_path, after(IMPATIENT, *base, flag))
         said(running, "waiting")
         scheduler.send_signal(signal.SIGSTOP)
+        while (line := said(running, "waiting")) == no_workers(address):
+            pass  # of looks before it was stopped
+        assert line == f"{flag} does not answer: no answer in 60 s\n"
+        scheduler.kill()
         result = ended(running)
     errors = [line for line in result.err.splitlines() if not line.startswith("waiting: ")]
-    assert errors == [f"error: {flag} does not answer: no answer in 60 s"]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {flag} ")
     assert result.status == 1
 
 

@@ -49,7 +49,7 @@ def lacking(folder: Path, first: str, second: str, **changes: Any) -> dict[str, 
     """Return what is missing between two layers, by kind."""
     chosen = pair(folder, first, second, changes)
     before, after = plan_of_table(chosen).layers
-    return {each.kind: each for each in before.resharding_before(after, chosen)}
+    return {each.kind: each for each in before.resharding_before(after, chosen).values()}
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
@@ -59,14 +59,17 @@ def test_every_pair(
     forward, backward = RESHARDED.get((first, second), (None, None))
     expected = {}
     parts = []
-    for kind, each in (("ALLGATHER", forward), ("ALLTOALL", backward)):
+    for direction, kind, each in (
+        ("forward", "ALLGATHER", forward),
+        ("backward", "ALLTOALL", backward),
+    ):
         if each:
             expected[kind] = (kind, each[0], *each[1])
-            parts.append(f"an {kind} of {each[0]} bytes")
+            parts.append(f"{direction} an {kind} of {each[0]} bytes")
     found = lacking(tmp_path, first, second)
     assert {kind: tuple(each)[:4] for kind, each in found.items()} == expected
     run_inside(tmp_path, mnk=tmp_path / "t.csv", **SYSTEM)
-    lacks = f"a ({first}) before b ({second}) lacks {' and backward '.join(parts)}"
+    lacks = f"a ({first}) before b ({second}) lacks {' and '.join(parts)}"
     warning = f"warning: {tmp_path}/t.csv:3: {lacks}: no communication was added\n"
     err = capsys.readouterr().err
     assert [line for line in err.splitlines(keepends=True) if "lacks" in line] == (
@@ -100,7 +103,7 @@ def test_one_warning_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = [f"{name},24,12,12,,,{strategy}" for name, strategy in zip("abcd", (DM, DM, MD, DATA))]
     run_inside(tmp_path, mnk=write_table(tmp_path / "t.csv", *lines, header=TYPED), **SYSTEM)
     # 24 x 12 x 2 bytes over 12 NPUs
-    share = "an ALLGATHER of 48 bytes and backward an ALLTOALL of 48 bytes"
+    share = "forward an ALLGATHER of 48 bytes and backward an ALLTOALL of 48 bytes"
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}/t.csv:4: b ({DM}) before c ({MD}) lacks {share} (and 1 more):"
         " no communication was added\n"
@@ -111,7 +114,7 @@ def test_sizes_that_differ_are_those_of_the_layer_behind(tmp_path: Path) -> None
     lines = ["a,24,36,24,,,DATA", "b,24,12,12,,,MODEL"]
     chosen = settings(tmp_path, mnk=write_table(tmp_path / "t.csv", *lines, header=TYPED), **SYSTEM)
     before, after = plan_of_table(chosen).layers
-    (gather,) = before.resharding_before(after, chosen)
+    (gather,) = before.resharding_before(after, chosen).values()
     assert gather.bytes == 24 * 12 * 2 // 12
 
 

@@ -230,7 +230,8 @@ def test_interrupted(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:
     (folder,) = (tmp_path / "cache").iterdir()
     assert result.err == f"interrupted: {kept} of 12 GEMMs are finished, cached in {folder}\n"
     assert (tmp_path / "workload.txt").read_text() == "mine"
-    assert not (tmp_path / "outputs/DATA/t/layers.csv").exists()
+    for name in ("layers.csv", "scalesim.cfg", "t_fwd_pass.csv"):
+        assert not (tmp_path / "outputs/DATA/t" / name).exists(), "results come together"
 
 
 def test_terminated(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:

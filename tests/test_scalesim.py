@@ -300,9 +300,11 @@ def test_under_user_a_config_gives_the_bandwidth_and_the_srams(
     missing = f"no {key} in [architecture_presets], expected one, as it decides the cycles"
     check_refusal(tmp_path, lacking, missing, *flags)
     for value in ("0", "x", "1.5", "-4"):
-        nonsense = "".join(lines).replace(line, f"{key}: {value}\n")
+        (tmp_path / "c.cfg").write_text("".join(lines).replace(line, f"{key}: {value}\n"))
+        with pytest.raises(tool.UserError) as error:
+            accelerator_of(tmp_path / "c.cfg")
         expected = f"{key} is '{value}', expected a whole number >= 1"
-        check_refusal(tmp_path, nonsense, expected, *flags)
+        assert str(error.value) == f"{tmp_path}/c.cfg: {expected}"
 
 
 @pytest.mark.parametrize("key", ["IfmapSramSzkB", "FilterSramSzkB", "OfmapSramSzkB"])

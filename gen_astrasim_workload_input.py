@@ -2414,11 +2414,15 @@ class LocalPool(Pool):
         lock = threading.Lock()
         is_over = False
 
+        def kill(process: subprocess.Popen[bytes]) -> None:
+            with suppress(ProcessLookupError):  # it has just ended, and poll() may not know it yet
+                os.killpg(process.pid, signal.SIGKILL)
+
         def on_start(process: subprocess.Popen[bytes]) -> None:
             with lock:
                 processes.append(process)
                 if is_over:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill(process)
 
         def simulate(task: Task) -> Simulation:
             return self.scalesim.simulate(task.gemm, their_end, on_start)
@@ -2430,7 +2434,7 @@ class LocalPool(Pool):
                 is_over = True
                 for process in processes:
                     if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                        kill(process)
             os.close(our_end)
             threads.shutdown(cancel_futures=True)
             os.close(their_end)
@@ -3188,7 +3192,7 @@ class Output:
             return
         name = re.escape(self.traces[0].name.removesuffix("0.et")) + r"([0-9]{1,30})\.et"
         others = []
-        for path in self.traces[0].parent.iterdir():
+        for path in self.traces[0].parent.resolve().iterdir():  # as `prepare` made it
             match = re.fullmatch(name, path.name)
             if match and int(match[1]) >= self.settings.num_npus:
                 others.append((int(match[1]), path))
@@ -3255,7 +3259,7 @@ class Output:
         if self.traces:
             self.write_traces(trace)
         if self.settings.summary_csv:
-            self.append_row(self.settings.summary_csv)
+            self.append_row(self.settings.summary_csv.resolve())
         if self.settings.output_file:
             write_file(self.settings.output_file, text.encode())
 

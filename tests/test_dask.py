@@ -60,7 +60,7 @@ def test_the_same_file_from_a_local_cluster(tmp_path: Path) -> None:
     with distributed.LocalCluster(
         n_workers=2,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",
         processes=True,
         local_directory=tmp_path,
     ) as local:

@@ -76,6 +76,22 @@ def test_sizes_beyond_floating_point_are_exact(tmp_path: Path) -> None:
     assert sizes[0] > 2**53
 
 
+# 100 bytes on 12 NPUs in 3 packages; of an ALLREDUCE twice the bytes are sent, then rounded down.
+@pytest.mark.parametrize(
+    ("kind", "sent", "between"),
+    [
+        pytest.param("ALLGATHER", 11 * 100, 2 * 100, id="ALLGATHER"),
+        pytest.param("REDUCESCATTER", 91, 16, id="REDUCESCATTER"),  # 91.67 and 16.67
+        pytest.param("ALLREDUCE", 183, 33, id="ALLREDUCE"),  # 183.33 and 33.33
+        pytest.param("ALLTOALL", 91, 66, id="ALLTOALL"),  # 91.67 and 66.67
+        pytest.param("NONE", 0, 0, id="NONE"),
+    ],
+)
+def test_what_an_npu_sends_of_a_collective(kind: str, sent: int, between: int) -> None:
+    collective = tool.Collective(kind, 100, within=4, between=3)
+    assert (collective.sent_bytes, collective.sent_between_packages) == (sent, between)
+
+
 def check(tmp_path: Path, layers: list[tool.Layer], **changes: object) -> None:
     chosen = settings(tmp_path, **changes)
     tool.Plan(layers, chosen).check()

@@ -190,6 +190,16 @@ def test_a_gemm_is_a_layer_of_a_table_without_types(name: str, tmp_path: Path) -
             id="6 groups over 4 NPUs: 2 of them whole",
         ),
         pytest.param(
+            4,
+            "HYBRID_DATA_MODEL",
+            [
+                (1, (17, 12, 54), ("ALLGATHER", 196, 4, 1)),
+                (1, (17, 54, 12), None),
+                (1, (54, 12, 17), ("ALLREDUCE", 648, 1, 3)),
+            ],
+            id="4 groups over 4 NPUs: each has a whole one",
+        ),
+        pytest.param(
             24,
             "DATA",
             [

@@ -3237,7 +3237,7 @@ class Output:
             return
         name = re.escape(self.traces[0].name.removesuffix("0.et")) + r"([0-9]{1,30})\.et"
         others = []
-        for path in self.traces[0].parent.iterdir():
+        for path in self.traces[0].parent.resolve().iterdir():  # as `prepare` made it
             match = re.fullmatch(name, path.name)
             if match and int(match[1]) >= self.settings.num_npus:
                 others.append((int(match[1]), path))
@@ -3305,7 +3305,7 @@ class Output:
         if self.traces:
             self.write_traces(trace)
         if self.settings.summary_csv:
-            self.append_row(self.settings.summary_csv)
+            self.append_row(self.settings.summary_csv.resolve())
         if self.settings.output_file:
             write_file(self.settings.output_file, text.encode())
 

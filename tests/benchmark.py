@@ -3,15 +3,20 @@
     python tests/benchmark.py                 the example and the sweep: a quarter of an hour
     python tests/benchmark.py --example_only
 
-"The original's way" is what the original tool ran: SCALE-Sim's own scale.py, once for each pass,
-on a topology of all layers. The limit is the distinct GEMMs' own time, each process alone, added
-up and divided by the jobs. pytest does not collect this file.
+First comes a line with what a run costs that simulates nothing: the example with analytical cycles
+and everything that it reads in the page cache, over `python -c "from absl import app"`. The two
+take turns, and the line has the median of their ratios, which another load hardly moves.
+
+Then comes the table. "The original's way" is what the original tool ran: SCALE-Sim's own scale.py,
+once for each pass, on a topology of all layers. The limit is the distinct GEMMs' own time, each
+process alone, added up and divided by the jobs. pytest does not collect this file.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,9 +72,10 @@ def scalesim() -> tool.ScaleSim:
 def original(points: list[Point], folder: Path) -> float:
     """Return the seconds of SCALE-Sim's own command line for each pass of each point."""
     found = scalesim()
-    (folder / "gemm.cfg").write_text(found.accelerator.scalesim_config)
-    environment = {**os.environ, "PYTHONPATH": str(found.folder)}
-    scale = [sys.executable, f"{found.folder}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
+    code = found.folder_here()
+    (folder / "gemm.cfg").write_text(found.accelerator.merged_config)
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    scale = [sys.executable, f"{code}/scalesim/scale.py", "-c", f"{folder}/gemm.cfg"]
     scale += ["-p", f"{folder}/out", "-t", f"{folder}/topology.csv"]
     if found.version == "3":
         scale += ["-l", f"{folder}/layout.csv"]
@@ -129,15 +135,32 @@ def run_all(points: list[Point], folder: Path, *more: str) -> tuple[float, float
     return time.perf_counter() - began, peak / 1024
 
 
-def bare_start() -> float:
+def seconds_of(command: list[str], folder: Path) -> float:
+    """Return the seconds that a command takes."""
+    began = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+BARE = [sys.executable, "-c", "from absl import app"]  # what the tool always imports
+
+
+def bare_start(folder: Path) -> float:
     """Return the seconds of an interpreter that imports what the tool always needs."""
-    command = [sys.executable, "-c", "import absl.app, absl.flags, tqdm"]
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run(command, check=True)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(seconds_of(BARE, folder) for _ in range(5))
+
+
+def over_bare_start(pairs: int = 25) -> str:
+    """Return a line: a warm run that simulates nothing, over a bare start."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        warm = [sys.executable, str(helpers.SCRIPT), helpers.FAST]
+        for command in (warm, BARE):
+            seconds_of(command, Path(folder))
+        for _ in range(pairs):
+            ratios.append(seconds_of(warm, Path(folder)) / seconds_of(BARE, Path(folder)))
+    ratio = f"{statistics.median(ratios):.2f} x `python -c {BARE[-1]!r}`"
+    return f"a warm run, example, analytical: {ratio}, median of {pairs} in turn"
 
 
 def measure(name: str, points: list[Point]) -> str:
@@ -149,7 +172,7 @@ def measure(name: str, points: list[Point]) -> str:
         cold, cold_peak = run_all(points, Path(folder), f"--jobs={JOBS}")
         warm, _ = run_all(points, Path(folder))
         analytical, _ = run_all(points, Path(folder), helpers.FAST)
-    start = bare_start() * len(points)
+        start = bare_start(Path(folder)) * len(points)
     cells = [
         name,
         f"{count.total()} / {len(count)}",
@@ -178,7 +201,8 @@ TITLES = (
 
 
 def main(_: list[str]) -> None:
-    """Print the table, as Markdown."""
+    """Print the line, and the table as Markdown."""
+    print(f"{over_bare_start()}\n", flush=True)
     print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}")
     print(measure("example", EXAMPLE), flush=True)
     if not EXAMPLE_ONLY.value:

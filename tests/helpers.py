@@ -34,7 +34,7 @@ PASS_NAMES = ("forward", "input gradient", "weight gradient")
 FAST = "--cycle_model=analytical"
 PATH_FLAGS = (
     *("mnk", "output_file", "scalesim_path", "scalesim_config"),
-    *("cache_dir", "chakra_et", "summary_csv"),
+    *("gemm_cycles", "cache_dir", "chakra_et", "summary_csv"),
 )
 
 # Permissions do not bind root, in whose name CI may run, unless it gives up what overrides them.
@@ -155,6 +155,7 @@ def generate(folder: Path, **changes: Any) -> str:
     chosen = settings(folder, **changes)
     with inside(folder):
         tool.run(chosen)
+    assert chosen.output_file
     return chosen.output_file.read_text()
 
 
@@ -231,11 +232,12 @@ def rows_of(path: Path, header: Sequence[str]) -> list[dict[str, str]]:
 HYBRID_OF_12 = {"parallel": "HYBRID_DATA_MODEL", "num_npus": 12, "num_packages": 3}
 SUMMARY_HEADER = (
     *("mnk", "parallel", "num_npus", "num_packages", "datatype_size", "minibatch"),
-    *("cycle_model", "time_unit", "clock_mhz"),
+    *("inference", "sharding_strategy", "cycle_model", "gemm_cycles", "time_unit", "clock_mhz"),
     *("compute_forward", "compute_input_gradient", "compute_weight_gradient", "compute_all"),
     *("allgather_count", "allgather_bytes", "reducescatter_count", "reducescatter_bytes"),
     *("allreduce_count", "allreduce_bytes", "alltoall_count", "alltoall_bytes"),
-    *("sent_bytes", "distinct_gemms", "output_file", "run_name", "shard_rounding"),
+    *("sent_bytes", "sent_within_package", "sent_between_packages"),
+    *("distinct_gemms", "output_file", "run_name", "shard_rounding"),
     *("scalesim_version", "array", "dataflow"),
 )
 

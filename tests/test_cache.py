@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -33,6 +33,7 @@ from processes import (
     gone,
     in_bash,
     lead_a_group,
+    patience,
     processes,
     simulated,
     start,
@@ -110,7 +111,7 @@ def test_1000_layers_of_4_shapes_cost_12_simulations(tmp_path: Path, base: list[
     result = run(tmp_path, *base, "--jobs=8")
     assert (result.status, simulated(result.out)) == (0, 12)
     for i in range(4):
-        assert f"\nn{i} × 250 " in result.out
+        assert f"\nn{i} × 250\n" in result.out
 
 
 def test_what_a_result_depends_on_is_in_the_key(tmp_path: Path, base: list[str]) -> None:
@@ -219,26 +220,28 @@ def stuck(tmp_path: Path, base: list[str]) -> subprocess.Popen[str]:
 
 def test_interrupted(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:
     """It waits for its SCALE-Sim processes to end, cleans up, and what is finished is kept."""
-    began = time.monotonic()
+    began, limit = time.monotonic(), patience(2)
     stuck.send_signal(signal.SIGINT)
     result = ended(stuck)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < limit
     assert processes(tmp_path / "slow") == []
     assert list((tmp_path / "temporary").iterdir()) == []
     assert (result.status, result.out) == (-signal.SIGINT, ""), "a shell's loop would go on"
     kept = len(entries(tmp_path / "cache"))
     (folder,) = (tmp_path / "cache").iterdir()
-    assert result.err == f"interrupted: {kept} of 12 GEMMs are finished, cached in {folder}\n"
+    finished = f"{kept} of 12 GEMMs finished and cached in {folder}"
+    assert result.err == f"interrupted: {finished}: run the same command to go on\n"
     assert (tmp_path / "workload.txt").read_text() == "mine"
-    assert not (tmp_path / "outputs/DATA/t/layers.csv").exists()
+    for name in ("layers.csv", "scalesim.cfg", "t_fwd_pass.csv"):
+        assert not (tmp_path / "outputs/DATA/t" / name).exists(), "results come together"
 
 
 def test_terminated(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:
     """It ends at once; its SCALE-Sim processes notice, and end and clean up by themselves."""
-    began = time.monotonic()
+    began, limit = time.monotonic(), patience(2)
     stuck.terminate()
     result = ended(stuck)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < limit
     assert (result.status, result.out, result.err) == (-signal.SIGTERM, "", "")
     assert gone(tmp_path / "slow")
     assert list((tmp_path / "temporary").iterdir()) == []
@@ -267,7 +270,7 @@ def test_interrupted_without_a_cache(tmp_path: Path, base: list[str]) -> None:
     running.send_signal(signal.SIGINT)
     result = ended(running)
     assert result.status == -signal.SIGINT
-    assert result.err == "interrupted: 0 of 12 GEMMs are finished, not cached\n"
+    assert result.err == "interrupted: 0 of 12 GEMMs finished\n"
 
 
 # Bash goes on with a loop after a mere status of 130: it looks for a death by the signal.
@@ -294,15 +297,24 @@ def is_imported(module: str, said: Path) -> bool:
 def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
     """From the script's first import to the end of a run, with a warning between.
 
-    Before that Python may end with a mere status, and in imports it prints a traceback.
+    Before that Python may end with a mere status, and in imports it prints a traceback. A run that
+    simulates imports tqdm, late.
     """
     said = tmp_path / "said"
-    python, *script = command_line(FAST, "--num_npus=3")
-    command = ["bash", "-c", f"exec 2>said; {LOOP}", "bash", python, "-Ximporttime", *script]
+    analytical = [FAST, "--num_npus=3"]
+    simulated = [*base_flags(tmp_path, seconds=0), "--num_npus=3"]
+    moments = [
+        ("__future__", 0.1, analytical),
+        ("absl.app", 0.05, analytical),
+        ("tqdm", 0.05, simulated),
+    ]
     chance = random.Random(0)
-    ended_by_it = 0
-    for module, seconds in [("__future__", 0.1), ("tqdm", 0.05)] * 10:
+    ended_by_it = dict.fromkeys((module for module, _, _ in moments), 0)
+    for module, seconds, flags in moments * 7:
+        python, *script = command_line(*flags)
+        command = ["bash", "-c", f"exec 2>said; {LOOP}", "bash", python, "-Ximporttime", *script]
         said.write_text("")
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         running = start_command(tmp_path, command, before=lead_a_group)
         assert until(partial(is_imported, module, said))
         time.sleep(chance.uniform(0, seconds))
@@ -310,27 +322,33 @@ def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
         result = ended(running)
         text = said.read_text()
         if not result.out:
-            ended_by_it += 1
+            ended_by_it[module] += 1
         elif "point 1: 0\n" in result.out:  # that run was over
             continue
         assert result.status == -signal.SIGINT, (result.out, text)
         assert "in command_line" not in text, text
         assert "AttributeError" not in text, text
-    assert ended_by_it >= 5
+    assert min(ended_by_it.values()) >= 2, ended_by_it
 
 
-def test_ctrl_c_at_the_making_of_tqdms_lock_ends_the_run(tmp_path: Path) -> None:
-    """There tqdm swallowed it and left half a lock, at which the first warning stopped."""
+def test_ctrl_c_at_the_making_of_tqdms_lock_ends_the_run(tmp_path: Path, base: list[str]) -> None:
+    """There tqdm swallowed it and left half a lock, at which the first message stopped.
+
+    The script is yet to import tqdm, whose lock is another one here.
+    """
     program = (
         "import os, signal, tqdm.std\n"
         "class Lock:\n"
         "    def __init__(self):\n"
+        "        print('a lock is made')\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "tqdm.std.TqdmDefaultWriteLock = Lock"
+        "tqdm.std.TqdmDefaultWriteLock = Lock\n"
+        "del sys.modules['tqdm']"
     )
-    result = ended(start_command(tmp_path, after(program, FAST, "--num_npus=3")))
-    assert result.status == -signal.SIGINT
-    assert "AttributeError" not in result.err
+    result = ended(start_command(tmp_path, after(program, *base, "--num_npus=3")))
+    assert (result.status, result.out) == (-signal.SIGINT, "a lock is made\n")
+    warnings = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert result.err.splitlines() == warnings != []
 
 
 def test_a_failure_ends_the_others_at_once(tmp_path: Path, base: list[str]) -> None:
@@ -346,13 +364,23 @@ def test_a_failure_ends_the_others_at_once(tmp_path: Path, base: list[str]) -> N
 
 @pytest.fixture
 def killed_at_random(tmp_path: Path, base: list[str]) -> list[str]:
-    """Kill runs with a cache again and again; return their flags."""
+    """Kill runs with a cache again and again; return their flags.
+
+    At random moments from the first simulation on, or in turn from when it has been cached.
+    """
     fake = fake_v2(tmp_path / "slow", SLOW.format(seconds=0.3))
     flags = [*base, f"--scalesim_path={fake}", "--jobs=2"]
     chance = random.Random(0)
-    for _ in range(8):
+
+    def has_come_far(running: subprocess.Popen[str], cached: int) -> bool:
+        is_at_work = len(entries(tmp_path / "cache")) >= cached and bool(processes(fake))
+        return is_at_work or running.poll() is not None
+
+    for more in [0, 1] * 4:
+        cached = len(entries(tmp_path / "cache")) + more
         running = start(tmp_path, *flags)
-        time.sleep(chance.uniform(0.2, 1.2))
+        assert until(partial(has_come_far, running, cached))
+        time.sleep(chance.uniform(0, 0.3))
         running.kill()
         running.communicate(timeout=60)
         assert gone(fake)
@@ -367,6 +395,33 @@ def test_sigkill_leaves_only_whole_entries(tmp_path: Path, killed_at_random: lis
         assert scalesim.reported_cycles(json.loads(entry.read_text())["files"])
     result = run(tmp_path, *killed_at_random)
     assert (result.status, simulated(result.out)) == (0, 12 - len(found))
+
+
+def test_a_process_that_ends_as_it_is_to_be_killed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Popen.poll() knows nothing while another thread is about to note its end."""
+    killed = []
+
+    def killpg(group: int, sent: int) -> None:
+        killed.append((group, sent))
+        raise ProcessLookupError
+
+    class Ended:
+        pid = 12345
+
+        def poll(self) -> None: ...
+
+    def simulate(_: tool.Gemm, __: int, on_start: Callable[[Any], None]) -> tool.Simulation:
+        on_start(Ended())
+        return tool.Simulation(status=1, files={}, cycles=None)
+
+    scalesim = tool.ScaleSim(None, accelerator_of())
+    monkeypatch.setattr(scalesim, "simulate", simulate)
+    monkeypatch.setattr(os, "killpg", killpg)
+    with tool.LocalPool(scalesim, 1).started() as submit:
+        assert submit(task_of(1, 1, 1)).result().status == 1
+    assert killed == [(12345, signal.SIGKILL)]
 
 
 def test_runs_that_share_a_cache_and_a_run_folder_all_succeed(
@@ -419,7 +474,7 @@ def test_the_longest_simulation_is_begun_first(tmp_path: Path, base: list[str]) 
 def task_of(k: int, cycles: int, memory: int) -> tool.Task:
     """Return a simulation with such costs."""
     gemm = tool.Gemm(m=1, n=1, k=k)
-    first_use = "layer x, forward pass"
+    first_use = "the forward pass of x"
     return tool.Task(gemm=gemm, first_use=first_use, cycles=cycles, memory=memory, seconds=1.0)
 
 
@@ -449,6 +504,9 @@ class ToyPool(tool.Pool):
 
         with ThreadPoolExecutor(8) as threads:
             yield submit
+
+    def check(self) -> None:
+        """Do nothing: what waits does end."""
 
 
 def test_no_more_begins_than_fits_in_memory() -> None:
@@ -480,7 +538,7 @@ def too_large(tmp_path: Path, base: list[str]) -> list[str]:
     return [*base, f"--scalesim_path={fake_v2(tmp_path / 'quick', GOOD_REPORT)}"]
 
 
-HUGE = "GEMM 1000x2000x1000000000 (layer huge, weight gradient pass)"
+HUGE = "GEMM 1000x2000x1000000000 (the weight gradient pass of huge)"
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_anything_is_simulated(
@@ -510,7 +568,7 @@ def test_a_dry_run_says_what_would_not_fit_into_memory(
 ) -> None:
     result = run(tmp_path, *too_large, "--dry_run")
     assert result.status == 0
-    assert f" GB free: {HUGE} would be killed\n" in result.out
+    assert f" GB free: too much for {HUGE}\n" in result.out
 
 
 def test_estimated_memory_is_what_was_measured() -> None:

@@ -9,16 +9,13 @@ from scalesim.topology_utils import topologies
 
 import gen_astrasim_workload_input as tool
 from helpers import (
-    FAST,
     MNK_INPUTS,
     PLAIN,
     collective_of,
     generate,
-    is_one_error_line,
     layers_of_table,
     plan_of,
     read_like_astrasim,
-    run,
     settings,
     write_table,
 )
@@ -226,7 +223,7 @@ def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
         pytest.param(
             lines(HEADER, "DP_1,4,4,1,1,1,1,1,"),
             2,
-            "DP_1: DP marks a depth-wise layer for SCALE-Sim, expected",
+            "DP_1 sounds depth-wise; give Groups: 1, or as many as Channels, ",
             id="depth-wise by its name",
         ),
         pytest.param(
@@ -270,11 +267,15 @@ def test_refused(text: str, line: int, message: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(f"{tmp_path}/t.csv:{line}: {message}")
 
 
-def test_a_minibatch_is_for_convolutions(tmp_path: Path) -> None:
-    result = run(tmp_path, FAST, "--minibatch=2")
-    assert is_one_error_line(result)
-    message = "--minibatch=2 with GEMMs, whose m counts the samples, expected convolutions"
-    assert result.err.endswith(f": {message}\n")
+def test_a_minibatch_of_gemms_multiplies_m(tmp_path: Path) -> None:
+    """So that a table of one sample is one of as many as --minibatch says."""
+    header = "Layer,m,n,k,Type,Count"
+    one = ["a,4,8,6,,", "b,4,4,2,BATCHED_GEMM,3x5", "c,4,4,2,BATCHED_GEMM,7", "d,4,8,6,,"]
+    of_6 = ["a,24,8,6,,", "b,4,4,2,BATCHED_GEMM,18x5", "c,4,4,2,BATCHED_GEMM,42", "d,24,8,6,,"]
+    table = write_table(tmp_path / "one.csv", *one, header=header)
+    text = generate(tmp_path, mnk=table, minibatch=6, num_npus=4)
+    assert text == generate(tmp_path, mnk=write_table(table, *of_6, header=header), num_npus=4)
+    assert text != generate(tmp_path, mnk=write_table(table, *one, header=header), num_npus=4)
 
 
 @pytest.mark.parametrize("parallel", PLAIN)
@@ -302,7 +303,7 @@ def test_the_bytes_of_resnet_are_those_of_its_activations(parallel: str, tmp_pat
 def test_a_table_of_gemms_is_as_it_was() -> None:
     for layer in layers_of_table(MNK_INPUTS / "example.csv"):
         assert layer.input_elements == layer.m * layer.k
-        assert layer.minibatch is None
+        assert layer.images is None
 
 
 def test_the_columns_of_outputs_do_not_change_the_workload_file(tmp_path: Path) -> None:

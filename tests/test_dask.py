@@ -22,6 +22,7 @@ from processes import (
     ended,
     entries,
     gone,
+    patience,
     simulated,
     start,
     start_command,
@@ -59,7 +60,7 @@ def test_the_same_file_from_a_local_cluster(tmp_path: Path) -> None:
     with distributed.LocalCluster(
         n_workers=2,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",
         processes=True,
         local_directory=tmp_path,
     ) as local:
@@ -78,7 +79,9 @@ def test_workers_that_come_late_are_waited_for(tmp_path: Path, base: list[str]) 
         said = first_warning(running)
         started.append(start_worker(tmp_path, address))
         result = ended(running)
-    assert said == f"warning: the Dask scheduler at {address} has no workers yet\n"
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    what = f"the Dask scheduler at {address} has no workers; they need Python {here}"
+    assert said == f"waiting: {what}\n"
     assert (result.status, result.err) == (0, "")
     assert len(entries(tmp_path / "cache")) == 12
 
@@ -99,9 +102,9 @@ def test_a_lost_scheduler_is_one_line_and_what_was_finished_is_kept(
     with cluster(1, tmp_path) as (address, (scheduler, _)):
         running = begun(tmp_path, *base, f"--dask_scheduler={address}")
         scheduler.kill()
-        began = time.monotonic()
+        began, limit = time.monotonic(), patience(30)
         result = ended(running)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < limit
     assert is_one_error_line(result), result
     assert result.err.startswith(f"error: --dask_scheduler={address} lost a simulation: ")
     cached = len(entries(tmp_path / "cache"))
@@ -177,9 +180,9 @@ def start_impatient(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
     "address", ["tcp://127.0.0.1:9", "127.0.0.1", "bogus://x", "tls://127.0.0.1:9"]
 )
 def test_no_scheduler_there(address: str, tmp_path: Path, base: list[str]) -> None:
-    began = time.monotonic()
+    began, limit = time.monotonic(), patience(10)
     result = ended(start_impatient(tmp_path, *base, f"--dask_scheduler={address}"))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < limit
     assert is_one_error_line(result), result
     assert result.err.startswith(f"error: --dask_scheduler={address} can't be reached: ")
 
@@ -194,7 +197,7 @@ def test_a_silent_server_is_ended_by_ctrl_c(tmp_path: Path, base: list[str]) -> 
             running.send_signal(signal.SIGINT)
             result = ended(running)
     assert result.status == -signal.SIGINT
-    assert result.err.startswith("interrupted: 0 of 12 GEMMs are finished, ")
+    assert result.err.startswith("interrupted: 0 of 12 GEMMs finished and cached in ")
 
 
 def test_a_local_mishap_is_not_blamed_on_the_cluster(tmp_path: Path, base: list[str]) -> None:
@@ -216,5 +219,5 @@ def test_dask_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(tool.UserError) as error, pool.started():
         pass
     assert str(error.value).startswith(
-        "--dask_scheduler=tcp://127.0.0.1:9 can't be reached: import of distributed halt"
+        "--dask_scheduler=tcp://127.0.0.1:9 needs Dask: import of distributed halted"
     )

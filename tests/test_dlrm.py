@@ -59,8 +59,8 @@ def test_lookups_are_bound_by_the_bandwidth(
 def test_a_bandwidth_that_nobody_chose_is_warned_of_once(tmp_path: Path) -> None:
     flags = [FAST, f"--mnk={DLRM['mnk']}", "--parallel=hybrid_dlrm", "--num_npus=16"]
     warning = (
-        "warning: Embedding: lookups are timed with 10 elements a cycle, Bandwidth of the"
-        " built-in config; --scalesim_config gives another\n"
+        "warning: Embedding: lookups are timed at 10 elements a cycle, the built-in Bandwidth;"
+        " --scalesim_config gives another\n"
     )
     assert run(tmp_path, *flags).err == warning
     config = "[architecture_presets]\nArrayHeight: 8\nArrayWidth: 8\nDataflow: os\n"
@@ -91,7 +91,7 @@ def test_lookups_are_not_simulated_and_keep_the_tables_order(tmp_path: Path) -> 
         "emb,EMBEDDING,MODEL,1,4,input gradient,1,16,8,3,0,ALLTOALL,256,4,192",
         "emb,EMBEDDING,MODEL,1,4,weight gradient,1,16,8,3,77,NONE,0,1,0",
     ]
-    labels = [line.split("  ")[0] for line in result.out.splitlines()[2:11:3]]
+    labels = result.out.splitlines()[3:15:4]
     assert labels == ["bottom × 2", "emb", "mix"]
     assert "16x8x3 lookups" in result.out
     lines = (tmp_path / "workload.txt").read_text().splitlines()
@@ -186,7 +186,7 @@ MLP, EMBEDDING = "a,64,64,64,,", "e,64,64,1,EMBEDDING,"
         pytest.param(
             [MLP, "e,1,7,1,EMBEDDING,", MLP],
             3,
-            "the ALLTOALL of e, forward pass, is 0 bytes; ASTRA-sim would stop without",
+            "the ALLTOALL of the forward pass of e is 0 bytes; ASTRA-sim would stop without",
             id="fewer bytes than NPUs",
         ),
     ],
@@ -221,6 +221,6 @@ def test_fewer_outputs_than_npus(tmp_path: Path) -> None:
     result = run(tmp_path, FAST, f"--mnk={table}", "--parallel=HYBRID_DLRM", "--num_npus=16")
     assert result.status == 0
     assert (
-        "warning: e: n = 8 is less than 16 NPUs, some of which have none, one NPU is timed with 1\n"
+        "warning: e: n = 8 is less than 16, so that some have none, one NPU is timed with 1\n"
         in result.err
     )

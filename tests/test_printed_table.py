@@ -28,10 +28,13 @@ def table_lines(out: str) -> list[str]:
 
 
 def labels_of(out: str) -> list[str]:
-    """Return how the layers are called, each in the first of its three lines."""
+    """Return how the layers are called, each in a line above those of its three passes."""
     lines = table_lines(out)
-    assert len(lines) % 3 == 0
-    return [line.split("  ")[0] for line in lines[::3]]
+    assert len(lines) % 4 == 0
+    assert [line.startswith("  ") for line in lines] == [False, True, True, True] * (
+        len(lines) // 4
+    )
+    return lines[::4]
 
 
 def labels(folder: Path, capsys: pytest.CaptureFixture[str], *rows: str, **changes: Any) -> Labels:
@@ -76,7 +79,8 @@ def test_columns_are_wide_enough(printed: list[str]) -> None:
     """Cells are two blanks apart, so that every line has as many as the header."""
     (header,) = [line for line in printed if line.startswith("layer ")]
     end = header.index("cycles") + len("cycles")
-    lines = table_lines("\n".join(printed))
+    lines = [line for line in table_lines("\n".join(printed)) if line.startswith("  ")]
+    assert len(lines) == 9
     assert {line[end - 1].isdigit() and line[end : end + 2] for line in lines} == {"  "}
 
 
@@ -133,8 +137,8 @@ def test_equal_layers_whose_sizes_are_uneven_are_marked(
 
 def test_passes_have_short_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate(tmp_path, mnk=write_table(tmp_path / "t.csv", "even,160,50,30"))
-    lines = table_lines(capsys.readouterr().out)
-    assert [line[6:].strip().split("  ")[0] for line in lines] == PASS_NAMES_PRINTED
+    _, *lines = table_lines(capsys.readouterr().out)
+    assert [line.strip().split("  ")[0] for line in lines] == PASS_NAMES_PRINTED
 
 
 @pytest.mark.parametrize("parallel", ["DATA", "MODEL"])
@@ -155,4 +159,5 @@ def test_layers_of_another_strategy_are_not_merged(
     header = "Layer,m,n,k,CustomizedParallelization"
     rows = ["a,64,64,64,MODEL", "b,64,64,64,HYBRID_DATA_MODEL"]
     chosen = {"parallel": "HYBRID_CUSTOMIZED", "num_npus": npus, "num_packages": 1}
-    assert labels(tmp_path, capsys, *rows, header=header, **chosen) == ["a", "b"]
+    expected = ["a, MODEL", "b, HYBRID_DATA_MODEL"]
+    assert labels(tmp_path, capsys, *rows, header=header, **chosen) == expected

@@ -86,7 +86,7 @@ def works_or_one_line(**files: bytes) -> None:
         config = folder / "config" if "config" in files else None
         one_npu = {"num_npus": 1, "num_packages": 1}
         try:
-            assert "run_name = gemm" in accelerator_of(config).scalesim_config
+            assert "run_name = gemm" in accelerator_of(config).merged_config
             chosen = settings(folder, mnk=mnk, scalesim_config=config, **one_npu)
             tool.run(chosen._replace(dry_run=True))
         except tool.UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,7 +162,7 @@ BAD_CONFIGS = [
     ),
     pytest.param("ArrayHeight: 8\n", "File contains no section headers", id="no sections"),
     pytest.param("[a]\nb\n", "contains parsing errors", id="a key without a value"),
-    pytest.param("\xff\x00", ", expected a SCALE-Sim config", id="a binary file"),
+    pytest.param("\xff\x00", "not UTF-8, perhaps UTF-16 or a spreadsheet, ", id="a binary file"),
     pytest.param(
         with_value("ArrayWidth", "eight"),
         "ArrayWidth is 'eight', expected a whole number >= 1",
@@ -212,7 +213,7 @@ BAD_CONFIGS = [
     ),
     pytest.param(
         with_value("SparsitySupport", "true"),
-        "SparsitySupport is 'true', expected False: it would prune the output gradient, which is",
+        "SparsitySupport is 'true', expected False: it would prune gradients too, which are dense",
         id="sparsity",
     ),
     pytest.param(
@@ -256,7 +257,8 @@ def check_refusal(folder: Path, config: str, message: str, *flags: str) -> None:
     result = run(folder, f"--scalesim_config={path}", *flags)
     assert is_one_error_line(result), result
     error = result.err.splitlines()[-1]  # after a warning of keys that nobody knows
-    assert error.startswith(f"error: {path}: ")
+    where = f"{path}:1" if message.startswith("not UTF-8") else path
+    assert error.startswith(f"error: {where}: ")
     assert message in error
     assert {each.name for each in folder.iterdir()} == {"c.cfg", "workload.txt"}
     assert (folder / "workload.txt").read_text() == "mine"
@@ -300,9 +302,11 @@ def test_under_user_a_config_gives_the_bandwidth_and_the_srams(
     missing = f"no {key} in [architecture_presets], expected one, as it decides the cycles"
     check_refusal(tmp_path, lacking, missing, *flags)
     for value in ("0", "x", "1.5", "-4"):
-        nonsense = "".join(lines).replace(line, f"{key}: {value}\n")
+        (tmp_path / "c.cfg").write_text("".join(lines).replace(line, f"{key}: {value}\n"))
+        with pytest.raises(tool.UserError) as error:
+            accelerator_of(tmp_path / "c.cfg")
         expected = f"{key} is '{value}', expected a whole number >= 1"
-        check_refusal(tmp_path, nonsense, expected, *flags)
+        assert str(error.value) == f"{tmp_path}/c.cfg: {expected}"
 
 
 @pytest.mark.parametrize("key", ["IfmapSramSzkB", "FilterSramSzkB", "OfmapSramSzkB"])
@@ -318,13 +322,13 @@ def test_the_network_of_a_config_is_let_be(tmp_path: Path) -> None:
     (tmp_path / "c.cfg").write_text(with_line("network_presets", "TopologyCsvLoc: missing"))
     result = run(tmp_path, FAST, "--scalesim_config=c.cfg")
     assert (result.status, result.err) == (0, "")
-    assert "network_presets" not in accelerator_of(tmp_path / "c.cfg").scalesim_config
+    assert "network_presets" not in accelerator_of(tmp_path / "c.cfg").merged_config
 
 
 def unknown_keys(config: Path, names: str) -> str:
     """Return the warning of keys that nobody knows here."""
     what = f"{config}: keys unknown here are passed on to SCALE-Sim: {names}"
-    return f"warning: {what}; of its results only cycles are used\n"
+    return f"warning: {what}; only cycles are read from its results\n"
 
 
 @pytest.mark.parametrize("flag", [FAST, "--dry_run"])
@@ -465,7 +469,7 @@ def test_under_user_each_release_reads_at_the_configs_own_bandwidth(
 def test_under_user_a_bandwidth_of_the_banks_is_kept(tmp_path: Path) -> None:
     given = bound_by_memory(64) + "[layout]\nFilterSRAMBankBandwidth: 8\nFilterSRAMBankNum: 2\n"
     (tmp_path / "c.cfg").write_text(given)
-    text = accelerator_of(tmp_path / "c.cfg").scalesim_config
+    text = accelerator_of(tmp_path / "c.cfg").merged_config
     for line in (
         "ifmapsrambankbandwidth = 64",
         "ifmapsrambanknum = 1",
@@ -516,7 +520,7 @@ def test_a_scalesim_that_fails(body: str, message: str, tmp_path: Path) -> None:
     result = without_progress(run(tmp_path, f"--scalesim_path={fake}", f"--mnk={table}"))
     assert is_one_error_line(result), result
     assert result.err.startswith("error: SCALE-Sim failed on GEMM ")
-    assert "(layer deep, " in result.err
+    assert re.search(r" \(the (forward|(input|weight) gradient) pass of deep\): ", result.err)
     assert message in result.err
     log = result.err.rstrip().rpartition("log: ")[2]
     assert Path(log).is_file()
@@ -653,5 +657,5 @@ def test_what_is_no_whole_number_from_one_on_is_refused(cycles: str, tmp_path: P
     lines = result.err.splitlines()
     assert (result.status, result.out) == (1, "")
     assert "no COMPUTE_REPORT.csv with one row and a number >= 1 as Total Cycles" in lines[-1]
-    assert lines[-1].startswith("error: SCALE-Sim failed on GEMM 8x8x8 (layer a, forward pass): ")
+    assert lines[-1].startswith("error: SCALE-Sim failed on GEMM 8x8x8 (the forward pass of a): ")
     assert not (tmp_path / "workload.txt").exists()

@@ -41,7 +41,7 @@ def test_a_whole_row_by_hand(tmp_path: Path) -> None:
 
     The GEMMs of one NPU, 8x10x16, 8x16x10 and 16x10x8, are one fold each: 765 cycles and one for
     each row. An NPU sends 3 ALLGATHERs of 160 bytes, 3/4 of a REDUCESCATTER of 256 bytes and
-    2 x 2/3 of an ALLREDUCE of 320 bytes, of each layer.
+    2 x 2/3 of an ALLREDUCE of 320 bytes, of each layer; the last between packages.
     """
     table = write_table(tmp_path / "t.csv", "a,24,40,16", "b,24,40,16")
     assert summary_of(tmp_path, mnk=table, run_name="r", **HYBRID_OF_12) == {
@@ -50,8 +50,11 @@ def test_a_whole_row_by_hand(tmp_path: Path) -> None:
         "num_npus": "12",
         "num_packages": "3",
         "datatype_size": "2",
-        "minibatch": "",
+        "minibatch": "1",
+        "inference": "False",
+        "sharding_strategy": "NO_SHARD",
         "cycle_model": "analytical",
+        "gemm_cycles": "",
         "time_unit": "cycles",
         "clock_mhz": "",
         "compute_forward": "1546",
@@ -67,6 +70,8 @@ def test_a_whole_row_by_hand(tmp_path: Path) -> None:
         "alltoall_count": "0",
         "alltoall_bytes": "0",
         "sent_bytes": str(2 * (480 + 192 + 426)),
+        "sent_within_package": str(2 * (480 + 192)),
+        "sent_between_packages": str(2 * 426),
         "distinct_gemms": "3",
         "output_file": f"{tmp_path}/workload.txt",
         "run_name": "r",
@@ -111,18 +116,17 @@ def test_how_many_of_each_collective(parallel: str, collectives: list[str], tmp_
 
 
 @pytest.mark.parametrize(
-    ("table", "minibatch", "column"),
+    ("table", "minibatch"),
     [
-        pytest.param("example", 1, "", id="GEMMs"),
-        pytest.param("resnet50", 32, "32", id="convolutions, 32 images"),
-        pytest.param("resnet50", 1, "1", id="convolutions, 1 image"),
+        pytest.param("example", 1, id="GEMMs of all samples"),
+        pytest.param("example", 3, id="GEMMs of one of 3 samples"),
+        pytest.param("resnet50", 32, id="convolutions, 32 images"),
+        pytest.param("resnet50", 1, id="convolutions, 1 image"),
     ],
 )
-def test_the_minibatch_of_convolutions_only(
-    table: str, minibatch: int, column: str, tmp_path: Path
-) -> None:
+def test_the_minibatch(table: str, minibatch: int, tmp_path: Path) -> None:
     row = summary_of(tmp_path, mnk=MNK_INPUTS / f"{table}.csv", num_npus=4, minibatch=minibatch)
-    assert row["minibatch"] == column
+    assert row["minibatch"] == str(minibatch)
 
 
 @pytest.mark.parametrize("minibatch", [1, 2], ids=["1 image", "2 images"])
@@ -145,7 +149,7 @@ def test_flags_come_back_as_they_were_given(tmp_path: Path) -> None:
         "num_npus": "4",
         "num_packages": "1",
         "datatype_size": "4",
-        "minibatch": "",
+        "minibatch": "1",
         "cycle_model": "analytical",
         "time_unit": "ns",
         "clock_mhz": "700.0",

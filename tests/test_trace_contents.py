@@ -92,7 +92,7 @@ def test_what_does_not_fit_into_64_bits_names_the_layer(
     mnk = write_table(tmp_path / "t.csv", "fits,64,64,64", layer)
     with pytest.raises(tool.UserError) as error:
         generate(tmp_path, mnk=mnk, parallel=parallel)
-    expected = f"{mnk}:3: a, {pass_name} pass: value exceeds 64 bits"
+    expected = f"{mnk}:3: the {pass_name} pass of a in a trace: value exceeds 64 bits"
     assert str(error.value) == expected
     assert not (tmp_path / "workload.txt").exists()
     assert list(tmp_path.glob("et/*")) == []

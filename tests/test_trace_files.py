@@ -128,7 +128,13 @@ FOLDER = " is a folder, expected a file to write"
         pytest.param("w.txt", "et/x.3.et", None, f"w.txt{FOLDER}", id="output"),
         pytest.param("et/x.0.et", "et/x.3.et", None, f"et/x.0.et{FOLDER}", id="first"),
         pytest.param("et/x.7.et", "et/x.3.et", None, f"et/x.7.et{FOLDER}", id="last"),
-        pytest.param("other", "et", None, "et: File exists", id="file as folder"),
+        pytest.param(
+            "other",
+            "et",
+            None,
+            "et/x.0.et: one of its folders is a file, expected another path",
+            id="file as folder",
+        ),
         pytest.param("other", "et/x.3.et", "et", "et: no permission to write", id="closed folder"),
         pytest.param(
             "other", "et/x.0.et", "et/x.0.et", "et/x.0.et: no permission to write", id="closed file"

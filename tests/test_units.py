@@ -75,7 +75,7 @@ def test_the_printed_table_has_cycles_and_the_unit(
     result = run(tmp_path, FAST, f"--time_unit={unit}", *clock, *flag)
     times = ["cycles"] if unit == "cycles" else ["cycles", unit]
     assert header_of(result.out) == [
-        *("layer", "pass", "GEMM of one NPU"),
+        *("layer and pass", "GEMM of one NPU"),
         *times,
         *("collective", "bytes"),
     ]

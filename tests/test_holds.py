@@ -13,9 +13,11 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from helpers import (
     FAST,
     ROOT,
     Run,
+    accelerator_of,
     fake_v2,
     generate,
     is_one_error_line,
@@ -175,12 +178,17 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def said(running: subprocess.Popen[str], kind: str) -> str:
-    """Return the next line of a kind that a run says, without that word."""
+    """Return the next line of a kind that a run says within a minute, without that word."""
     assert running.stderr
-    for line in running.stderr:
-        if line.startswith(f"{kind}: "):
-            return line.removeprefix(f"{kind}: ")
-    raise AssertionError(f"it ended without a line {kind}:")
+    patience = threading.Timer(60, running.kill)
+    patience.start()
+    try:
+        for line in running.stderr:
+            if line.startswith(f"{kind}: "):
+                return line.removeprefix(f"{kind}: ")
+        raise AssertionError(f"it ended without a line {kind}:")
+    finally:
+        patience.cancel()
 
 
 def no_workers(address: str) -> str:
@@ -240,6 +248,17 @@ def test_a_scheduler_that_is_killed_before_there_are_workers_is_an_error(
     assert (result.status, result.out) == (1, "")
     (error,) = result.err.splitlines()
     assert error.startswith(f"error: {flag} ")
+
+
+@pytest.mark.parametrize("status", ["closed", "connecting", "closing"])
+def test_a_client_that_is_no_longer_connected_is_an_error(status: str, tmp_path: Path) -> None:
+    """Whatever Dask makes of the simulations that it had."""
+    scalesim = tool.ScaleSim(fake_v2(tmp_path / "fake", "pass"), accelerator_of())
+    pool = tool.DaskPool(scalesim, "tcp://x:1")
+    pool.client = SimpleNamespace(status=status)
+    with pytest.raises(tool.UserError) as error:
+        pool.check()
+    assert str(error.value) == "--dask_scheduler=tcp://x:1 has ended or lost the connection"
 
 
 def test_a_worker_of_another_python_is_refused_by_name(

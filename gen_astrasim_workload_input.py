@@ -124,6 +124,13 @@ def whole_number(text: str) -> int | None:
     return None
 
 
+def expected_number(text: str, least: int) -> str:
+    """Return what a message expects in place of a text that is not such a number."""
+    if re.fullmatch(r"[0-9]{31,}(\.0)?", text):
+        return "expected at most 30 digits"
+    return f"expected a whole number >= {least}"
+
+
 def divide_up(number: int, parts: int) -> int:
     """Divide, rounded up."""
     return -(-number // parts)
@@ -915,9 +922,7 @@ class TableLine(NamedTuple):
         cell = self.cells[column]
         number = whole_number(cell.removesuffix(".0"))
         if number is None or number < least:
-            expected = f"expected a whole number >= {least}"
-            if re.fullmatch("[0-9]{31,}", cell):
-                expected = "expected at most 30 digits"
+            expected = expected_number(cell, least)
             raise UserError(f"{self.where}: {column} is {quoted(cell)}, {expected}")
         return number
 
@@ -983,7 +988,7 @@ class TableLine(NamedTuple):
         number = whole_number(first.strip().removesuffix(".0"))
         heads = whole_number(second.strip())
         if not number or (times and not heads):
-            expected = "expected a whole number >= 1, or samples x heads such as 1536x96"
+            expected = f"{expected_number(cell, 1)}, or samples x heads such as 1536x96"
             raise UserError(f"{self.where}: Count is {quoted(cell)}, {expected}")
         if times:
             return layer._replace(samples=number * minibatch, heads=heads)
@@ -1837,7 +1842,7 @@ class Config:
             for number in numbers:
                 if not whole_number(number.strip()):
                     what = f"{key} is {quoted(presets[key])}"
-                    raise UserError(f"{self.source}: {what}, expected a whole number >= 1")
+                    raise UserError(f"{self.source}: {what}, {expected_number(number.strip(), 1)}")
         if presets["Dataflow"] not in ("os", "ws", "is"):
             what = f"Dataflow is {quoted(presets['Dataflow'])}"
             raise UserError(f"{self.source}: {what}, expected os, ws or is")
@@ -2590,6 +2595,7 @@ class Progress:
             raise UserError("simulating needs tqdm: pip install -r requirements.txt") from None
 
         tqdm.get_lock()  # type: ignore[no-untyped-call] # a Ctrl-C while it is made would be lost
+        tqdm.monitor_interval = 0  # no thread for it: `show` is called each second
         self.number = len(tasks)
         self.total = sum(task.seconds for task in tasks)
         self.finished = 0
@@ -3324,7 +3330,8 @@ class Output:
                 write_file(path, trace)
                 linked = target
             finally:
-                part.unlink(missing_ok=True)  # still there where both were the same file
+                with suppress(OSError):
+                    part.unlink()  # still there where both were the same file
 
     def append_row(self, path: Path) -> None:
         """Append a row to a summary, to which other runs may append at the same time."""
@@ -3440,6 +3447,15 @@ def main(argv: Sequence[str]) -> int:
     return 1
 
 
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parse the command line; of a wrong flag absl's message, but nothing that a terminal obeys."""
+    try:
+        return list(flags.FLAGS(arguments))
+    except flags.Error as error:
+        app.parse_flags_with_usage([printable(argument) for argument in arguments])
+        sys.exit(f"error: {printable(str(error))}")
+
+
 def command_line() -> None:
     """Run; after Ctrl-C end by its signal, so that a shell's loop ends too."""
     if sys.stdout is None:  # closed by the shell
@@ -3447,7 +3463,7 @@ def command_line() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

@@ -490,6 +490,15 @@ DIGITS = "1" * 31
             f"t.csv:2: m is '{DIGITS}', expected at most 30 digits", id="31 digits",
         ),
         pytest.param(
+            "Layer,m,n,k", f"a,{DIGITS}.0,1,1",
+            f"t.csv:2: m is '{DIGITS}.0', expected at most 30 digits", id="31 digits and .0",
+        ),
+        pytest.param(
+            "Layer,m,n,k,Type,Count", f"a,1,1,1,BATCHED_GEMM,{DIGITS}",
+            f"t.csv:2: Count is '{DIGITS}', expected at most 30 digits,"
+            " or samples x heads such as 1536x96", id="a count of 31 digits",
+        ),
+        pytest.param(
             "Layer,m,n,k", f"a,1,{'9' * 5000},1",
             f"t.csv:2: n is '{'9' * 60}'..., expected at most 30 digits", id="5000 digits",
         ),
@@ -518,6 +527,11 @@ def test_30_digits_are_a_size(tmp_path: Path) -> None:
     [
         pytest.param("arrayheight: x\n", "ArrayHeight is 'x', expected a whole", id="height"),
         pytest.param("ARRAYWIDTH: 0\n", "ArrayWidth is '0', expected a whole", id="width"),
+        pytest.param(
+            f"ArrayHeight: {DIGITS}\n",
+            f"ArrayHeight is '{DIGITS}', expected at most 30 digits",
+            id="31 digits",
+        ),
         pytest.param("DATAFLOW: x\n", "Dataflow is 'x', expected os, ws or is", id="dataflow"),
         pytest.param("bandwidth: x\n", "Bandwidth is 'x', expected a whole", id="bandwidth"),
     ],
@@ -613,6 +627,16 @@ def test_nothing_unprintable_is_printed_of_what_is_wrong(
     assert unprintable(result.out + result.err) == []
     assert f"{loud.parent}/{QUIET}" in result.err
     assert message in result.err.splitlines(keepends=True)[-1]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--output_file={}/", "--run_name=/{}", "--parallel={}", "--num_npus={}", "--{}"]
+)
+def test_nothing_unprintable_of_a_wrong_flag_is_printed(flag: str, tmp_path: Path) -> None:
+    result = run(tmp_path, FAST, flag.format("a\x1b[31mb"))
+    assert is_flag_error(result), result
+    assert "a\\x1b[31mb" in result.err
+    assert result.err.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("flag", ["--output_file", "--summary_csv", "--chakra_et"])

@@ -223,7 +223,7 @@ def test_each_layer_has_its_own_strategy(tmp_path: Path) -> None:
         pytest.param(
             lines(HEADER, "DP_1,4,4,1,1,1,1,1,"),
             2,
-            "DP_1 sounds depth-wise; give Groups: 1, or as many as Channels, ",
+            "DP_1 sounds depth-wise, expected Groups: as many as Channels ",
             id="depth-wise by its name",
         ),
         pytest.param(

@@ -106,7 +106,7 @@ def test_a_size_that_is_not_divisible_is_warned_of_once(
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {names}: m = 100 is not divisible by 3, one NPU is timed with 34",
         f"warning: {names}: n = 50 is not divisible by 4, one NPU is timed with 13",
-        "warning: t.csv:2: L11 (HYBRID_DATA_MODEL) before even (DATA) lacks an ALLTOALL of"
+        "warning: t.csv:2: L11 (HYBRID_DATA_MODEL) before even (DATA) lacks backward an ALLTOALL of"
         " 480 bytes: no communication was added",
     ]
 

@@ -132,7 +132,7 @@ FOLDER = " is a folder, expected a file to write"
             "other",
             "et",
             None,
-            "et/x.0.et: one of its folders is a file, expected another path",
+            "et is a file, expected a folder",
             id="file as folder",
         ),
         pytest.param("other", "et/x.3.et", "et", "et: no permission to write", id="closed folder"),

@@ -1343,7 +1343,12 @@ class LayerPlan(NamedTuple):
                 expected = f"expected a multiple of the {mp} NPUs that share them out"
                 raise UserError(f"{layer.where}: {what}, {expected}")
             count = min(count, divide_up(layer.m, dp * mp))  # no more experts than rows
-        cuts = {"m'": ("m", dp), "n'": ("n", mp), "k'": ("k", mp), "r": ("m", dp * layer.experts)}
+        cuts = {
+            "m'": ("m", dp),
+            "n'": ("n", mp),
+            "k'": ("k", mp),
+            "r": ("m", dp * layer.experts),
+        }
         for share_name, (name, parts) in cuts.items():
             share = Share.of(name, sizes[name], parts, settings.shard_rounding)
             sizes[share_name] = share.size

@@ -237,14 +237,18 @@ def test_interrupted(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:
 
 
 def test_terminated(tmp_path: Path, stuck: subprocess.Popen[str]) -> None:
-    """It ends at once; its SCALE-Sim processes notice, and end and clean up by themselves."""
+    """It ends at once; its SCALE-Sim processes notice, and end and clean up by themselves.
+
+    Only the folder of one that was just over, or yet to begin, may be left.
+    """
     began, limit = time.monotonic(), patience(2)
     stuck.terminate()
     result = ended(stuck)
     assert time.monotonic() - began < limit
     assert (result.status, result.out, result.err) == (-signal.SIGTERM, "", "")
     assert gone(tmp_path / "slow")
-    assert list((tmp_path / "temporary").iterdir()) == []
+    for folder in (tmp_path / "temporary").iterdir():
+        assert [*folder.rglob("COMPUTE_REPORT.csv")] or not (folder / "scalesim.log").exists()
     assert len(entries(tmp_path / "cache")) >= 2
     assert (tmp_path / "workload.txt").read_text() == "mine"
 
@@ -332,10 +336,10 @@ def test_ctrl_c_ends_a_shells_loop_whenever_it_comes(tmp_path: Path) -> None:
             text = said.read_text()
             if "point 1: 0\n" in result.out:
                 continue
-            assert (result.status, result.out) == (-signal.SIGINT, ""), (result.out, text)
+            assert result.status == -signal.SIGINT, (result.out, text)
             assert "in command_line" not in text, text
             assert "AttributeError" not in text, text
-            ended_by_it += 1
+            ended_by_it += not result.out
             if ended_by_it == 3:
                 break
         assert ended_by_it == 3, module

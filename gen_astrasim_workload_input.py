@@ -20,15 +20,12 @@ import difflib
 import errno
 import fcntl
 import gc
-import hashlib
 import importlib.util
 import inspect
 import io
-import json
 import logging
 import math
 import os
-import platform
 import re
 import runpy
 import shutil
@@ -56,7 +53,8 @@ except ImportError as missing:
     sys.exit(f"error: no {missing.name} in {sys.executable}: pip install -r requirements.txt")
 
 
-# Everything is defined above its first use. `run`, near the end, tells the whole story.
+# Everything is defined above its first use. `run`, near the end, tells the whole story. What only a
+# simulation needs and what takes long to import is imported where it is used.
 
 # --- Errors, messages, numbers and files
 
@@ -2116,6 +2114,9 @@ class ScaleSim:
 
     def find(self) -> tuple[str, Path, str]:
         """Return its version, the folder to import it from, and a digest of its code and config."""
+        import hashlib
+        import json
+
         path = self.path
         if path and (path / "scale.py").is_file() and (path / "run_nets.py").is_file():
             version, folder, files = "1", path, list(path.glob("*.py"))
@@ -2267,6 +2268,8 @@ class Cache:
         """Return a GEMM's simulation; None if there is none that can be trusted."""
         if not self.folder:
             return None
+        import json
+
         try:
             path = self.folder / f"{gemm}.json"
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -2290,6 +2293,8 @@ class Cache:
         """Keep a simulation; if that fails, warn and cache no more."""
         if not self.folder or not simulation.cycles:
             return
+        import json
+
         entry = json.dumps({"gemm": str(gemm), "files": simulation.files})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -2573,6 +2578,8 @@ class DaskPool(Pool):
             raise UserError(f"{self.flag} has ended or lost the connection")
         if time.monotonic() < self.next_look:
             return
+        import platform
+
         self.next_look = time.monotonic() + 60
         try:
             workers = self.bounded(self.client.get_versions, "does not answer")["workers"]

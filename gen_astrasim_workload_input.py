@@ -203,17 +203,16 @@ def is_device(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def replace_file(target: Path, data: bytes, permissions_of: Path | None = None) -> None:
-    """Put a file in the place of another, whole or not at all, with the permissions of a third."""
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give the name of a file to make, which then takes the target's place, or is removed."""
     part = target.with_name(f".{os.urandom(8).hex()}.part")
     try:
-        part.write_bytes(data)
-        if permissions_of:
-            shutil.copymode(permissions_of, part)
+        yield part
         os.replace(part, target)
     finally:
         with suppress(OSError):
-            part.unlink()
+            part.unlink()  # still there after an error, or where both were links to one file
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -232,7 +231,10 @@ def write_file(path: Path, data: bytes) -> None:
         target = path.resolve()
         exists = target.exists()
         try:
-            replace_file(target, data, permissions_of=target if exists else None)
+            with replacing(target) as part:
+                part.write_bytes(data)
+                if exists:
+                    shutil.copymode(target, part)
         except OSError as error:
             can_not_replace = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
             if not exists or error.errno not in can_not_replace:
@@ -1628,14 +1630,11 @@ class Plan:
 
     def total_collectives(self) -> list[tuple[str, int, int]]:
         """Return kind, number and bytes of all collectives, without those of one member."""
-        totals = []
-        for kind in COLLECTIVE_KINDS:
-            sizes = []
-            for _, collective in self.collectives:
-                if collective.kind == kind and not collective.is_alone:
-                    sizes.append(collective.bytes)
-            totals.append((kind, len(sizes), sum(sizes)))
-        return totals
+        sizes: dict[str, list[int]] = {kind: [] for kind in COLLECTIVE_KINDS}
+        for _, collective in self.collectives:
+            if not collective.is_alone:
+                sizes[collective.kind].append(collective.bytes)
+        return [(kind, len(each), sum(each)) for kind, each in sizes.items()]
 
 
 # --- The accelerator: SCALE-Sim's config, and what follows from it
@@ -2298,7 +2297,8 @@ class Cache:
         entry = json.dumps({"gemm": str(gemm), "files": simulation.files})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self.folder / f"{gemm}.json", entry.encode())
+            with replacing(self.folder / f"{gemm}.json") as part:
+                part.write_bytes(entry.encode())
         except OSError as error:
             warn(f"can't cache in {self.folder}: {error.strerror}; going on without")
             self.folder = None
@@ -3334,16 +3334,12 @@ class Output:
         linked = first.resolve()
         for path in others:
             target = path.resolve()
-            part = target.with_name(f".{os.urandom(8).hex()}.part")
             try:
-                os.link(linked, part)
-                os.replace(part, target)
+                with replacing(target) as part:
+                    os.link(linked, part)
             except OSError:  # no links on this file system, or too many to this file
                 write_file(path, trace)
                 linked = target
-            finally:
-                with suppress(OSError):
-                    part.unlink()  # still there where both were the same file
 
     def append_row(self, path: Path) -> None:
         """Append a row to a summary, to which other runs may append at the same time."""
@@ -3427,8 +3423,9 @@ def run(settings: Settings) -> None:
     if settings.dry_run:
         done = [f"dry run with {timing.source} cycles: {what}, nothing written", *timing.cost]
     else:
+        text = workload_text(plan, settings) if settings.output_file else ""
         trace = Trace(settings, chakra).contents(plan) if chakra else b""
-        output.write(workload_text(plan, settings), trace)
+        output.write(text, trace)
         seconds = time.monotonic() - started
         done = output.printed(f"{what} ({timing.source}), {seconds:.1f} s")
     print_results([*report.printed(), *measured, *done])

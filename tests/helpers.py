@@ -159,10 +159,10 @@ def generate(folder: Path, **changes: Any) -> str:
     return chosen.output_file.read_text()
 
 
-def seen_on_a_terminal(folder: Path, *flags: str) -> str:
+def seen_on_a_terminal(folder: Path, *flags: str, columns: int = 160) -> str:
     """Run the script with stderr on a terminal; return what is written there."""
     main_end, terminal = pty.openpty()
-    size = struct.pack("HHHH", 24, 160, 0, 0)  # tqdm shows none on 0 columns
+    size = struct.pack("HHHH", 24, columns, 0, 0)  # tqdm shows none on 0 columns
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     command = [sys.executable, str(SCRIPT), *flags]
     seen = b""

@@ -384,6 +384,18 @@ def test_an_error_in_another_gemm_ends_processes_that_do_not_listen(
 # --- Outputs that can't be replaced
 
 
+def refuse_to_replace(file: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the replacing of a file fail."""
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == file:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS])
 def test_an_output_that_can_not_be_replaced_is_written_in_place(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,14 +405,7 @@ def test_an_output_that_can_not_be_replaced_is_written_in_place(
     output.write_text("longer than what is to be written" * 1000)
     output.chmod(0o640)
     before = output.stat()
-    replace = os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        if target == output:
-            raise OSError(number, os.strerror(number))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse)
+    refuse_to_replace(output, number, monkeypatch)
     assert generate(tmp_path) == expected
     assert (output.stat().st_ino, output.stat().st_mode) == (before.st_ino, before.st_mode)
     assert not list(tmp_path.glob(".*"))
@@ -414,14 +419,7 @@ def test_other_outputs_are_not_written_in_place(
     output = tmp_path / "workload.txt"
     if number != errno.EBUSY:
         output.write_text("mine")
-    replace = os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        if target == output:
-            raise OSError(number, os.strerror(number))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse)
+    refuse_to_replace(output, number, monkeypatch)
     with pytest.raises(OSError, match=os.strerror(number)) as error:
         generate(tmp_path)
     assert error.value.filename == output

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import itertools
-import os
-import pty
 import re
 import signal
-import struct
 import subprocess
-import sys
-import termios
 import zipfile
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,7 +24,6 @@ from helpers import (
     MNK_INPUTS,
     PARALLEL,
     PLAIN,
-    SCRIPT,
     Run,
     fake_v2,
     generate,
@@ -42,6 +34,7 @@ from helpers import (
     plan_of_table,
     rows_of,
     run,
+    seen_on_a_terminal,
     settings,
     state,
     table,
@@ -722,29 +715,13 @@ def test_equal_layers_are_merged_wherever_they_stand(tmp_path: Path, capsys: Cap
 # --- Progress
 
 
-def seen_on_80_columns(folder: Path, *flags: str) -> list[str]:
-    """Run the script with stderr on a terminal of 80 columns; return what its lines were."""
-    main_end, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(SCRIPT), *flags]
-    seen = b""
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=folder, stderr=terminal, stdout=quiet) as running:
-        os.close(terminal)
-        with suppress(OSError):  # the terminal's end
-            while chunk := os.read(main_end, 1000):
-                seen += chunk
-    os.close(main_end)
-    assert running.returncode == 0
-    return re.split(r"[\r\n]+", seen.decode())
-
-
 def test_progress_fits_80_columns_and_its_time_moves(tmp_path: Path) -> None:
     """While the first two GEMMs run, and nothing is finished."""
     fake = fake_v2(tmp_path / "fake", "time.sleep(3.5)\nreport(HEADER + '0, 321, 0, 1.5,\\n')")
     rows = ["a,64,64,64", "b,64,64,64"]
     flags = [f"--mnk={write_table(tmp_path / 't.csv', *rows)}", f"--scalesim_path={fake}"]
-    lines = seen_on_80_columns(tmp_path, *flags, "--num_npus=2", "--jobs=2", "--cache_dir=")
+    flags += ["--num_npus=2", "--jobs=2", "--cache_dir="]
+    lines = re.split(r"[\r\n]+", seen_on_a_terminal(tmp_path, *flags, columns=80))
     assert [line for line in lines if len(line) > 80] == []
     assert lines[0].startswith("simulating: 2 GEMMs, ")
     waiting = [line for line in lines if line.startswith("0 of 2 GEMMs, 2 running |")]
